@@ -1,8 +1,8 @@
 """Questions in, prompts out: what a row is, how a method talks, the loaders, the balanced mix of a step.
 
-Here: `Question`, `Doc`, `Template`, one loader for each data set, the mix as a function of (seed, step), and
-`neutralise`, which turns foreign text into text that can not act as a tag or a special token. Not here:
-retrieval (retriever.py), answer matching (reward.py).
+Here: `Question`, `Doc`, `Template` and the prompt of every method, one loader for each data set, the mix as a
+function of (seed, step), and `neutralise`, which turns foreign text into text that can not act as a tag or a
+special token. Not here: retrieval (retriever.py), answer matching (reward.py).
 
     from data import load, render, SEM
     questions = load("mmlu:data/mmlu")                 # a name and a path in the set's official format
@@ -50,30 +50,84 @@ class Doc:
 
 @dataclass(frozen=True)
 class Template:
-    """How a method talks: the system prompt and the names of its four tags. reward.py reads SEM's."""
+    """How a method talks: the system prompt, the names of its four tags, and who says what when."""
 
     system: str
     think: str = "think"
     answer: str = "answer"
     search: str = "search"
     result: str = "result"
+    draft: bool = False  # the first answer comes before any search, and may be the last
+    boxed: bool = False  # the answer stands in \boxed{} inside its tags
+    raw: bool = False  # no tags at all: the whole text is the answer
+    own_results: bool = False  # the model writes the results too; these tokens are not trained on
+    answer_ends: bool = False  # </answer> ends the episode, as an end token does
+    retry: str = ""  # what a turn without a query and without an answer is told; none: it ends the episode
 
     @property
     def tags(self) -> tuple[str, str, str, str]:
         return self.think, self.answer, self.search, self.result
 
 
-# The wording is ours: the paper's own prompt (arXiv 2505.07903, section 2.3) is not public in text form. The
-# order (answer before search) and the four tags are the paper's. It shows no filled-in example, so there is
-# no placeholder for a model to copy.
+# The wording of every prompt is ours; none holds a filled-in example, so there is no placeholder to copy.
+# Tags, order and rules are the papers'. Instructions are the system message (Search-R1 and ZeroSearch put
+# theirs into the user's), so that the question stands alone in its turn whatever the method.
+
+SHORT = "An answer is a few words, or the letter alone if options are given."
+
+# arXiv 2505.07903; section 2.3, the paper's own prompt, is not public in text form
 SEM = Template(
     "You answer questions, and you may use a search engine when your own knowledge is not enough. First "
     "reason between <think> and </think>, then give your best answer between <answer> and </answer>. If you "
     "are sure of it, stop there. If you are not, write a query between <search> and </search>; what the "
     "search engine finds comes back between <result> and </result>. After a result you may reason again "
     "between <think> and </think>, and search again with another query. When you know enough, give the final "
-    "answer between <answer> and </answer>. An answer is a few words, or the letter alone if options are "
-    "given."
+    f"answer between <answer> and </answer>. {SHORT}",
+    draft=True,
+)
+
+# arXiv 2503.09516 and github.com/PeterGriffinJin/Search-R1; ZeroSearch (arXiv 2505.04588) talks the same way
+SEARCH_R1 = Template(
+    "You answer questions, and you may use a search engine. Reason between <think> and </think> every time "
+    "you learn something new. If you find that some knowledge is missing, write a query between <search> and "
+    "</search>; what the search engine finds comes back between <information> and </information>. Search as "
+    "often as you want. When nothing more is needed, give the answer alone between <answer> and </answer>. "
+    f"{SHORT}",
+    result="information",
+    answer_ends=True,
+    retry="\nThat was neither a query nor an answer. I have to write a query between <search> and </search>, "
+    "or the answer between <answer> and </answer>. Let me try again.\n",
+)
+
+# arXiv 2503.19470 and github.com/Agent-RL/ReCall, branch re-search
+RESEARCH = Template(
+    "You solve questions step by step, with a search tool. First reason between <think> and </think>. "
+    "When you need a fact, write a query between <search> and </search>; what the tool finds comes back "
+    "between <result> and </result>, and you reason on. At the end write one answer between <answer> and "
+    f"</answer>, with the final exact answer in \\boxed{{}} inside it. {SHORT}",
+    boxed=True,
+)
+
+# arXiv 2508.10874 and github.com/TsinghuaC3I/SSRL: Search-R1's instruction, but the model is its own engine
+SSRL = Template(
+    "You answer questions by searching your own knowledge. Reason between <think> and </think> every time "
+    "you learn something new. If some knowledge is missing, write a query between <search> and </search>, "
+    "and then yourself write what a search engine would find, its top results, between <information> and "
+    "</information>. Search as often as you want. When nothing more is needed, reason a last time between "
+    f"<think> and </think> and give the answer alone between <answer> and </answer>. {SHORT}",
+    result="information",
+    own_results=True,
+)
+
+# What the methods are compared with. The first one also measures what a model knows: it mentions neither a
+# tool nor tags.
+DIRECT = Template(f"Answer the question. Write only the answer, nothing else. {SHORT}", raw=True)
+COT = Template(
+    "Answer the question. First reason step by step between <think> and </think>, then give the answer alone "
+    f"between <answer> and </answer>. {SHORT}"
+)
+RAG = Template(  # naive RAG as FlashRAG (github.com/RUC-NLPIR/FlashRAG) has it: one retrieval, no reasoning
+    f"Answer the question by the documents given. Write only the answer, nothing else. {SHORT}", raw=True
 )
 
 

@@ -16,6 +16,7 @@ A row stops for one of these reasons (`Episode.stop`):
     eos             an end token               turns       it asked for one search more than the budget
     length          token or context budget    bad_query   an empty query, or </search> without <search>
     search_failed   the retriever failed: the episode tells nothing of the policy, the update leaves it out
+    answer          </answer>, where the template says that it ends the episode
 
 Sampling is softmax(logits / temperature) over the tokenizer's vocabulary and nothing else: no top-k, no
 penalty, and no generation_config of a checkpoint. A row draws from a random stream of its own, keyed by
@@ -41,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
-from data import DataError, Question, Template, encode_result, render
+from data import SEM, DataError, Question, Template, encode_result, render
 from retriever import RetrieverError
 
 transformers_logging.disable_progress_bar()  # one bar is enough, and it is ours
@@ -52,7 +53,7 @@ PREFILL_TOKENS = 16384  # padded tokens of one prefill pass: bounds its activati
 
 @dataclass
 class Segment:
-    kind: str  # "model" or "env": who wrote it
+    kind: str  # "model": the policy wrote it; "env": a result; "retry" and "forced": see Template, `rollout`
     ids: list[int]
     text: str  # the ids decoded; of a model segment without the end token
 
@@ -72,6 +73,7 @@ class Episode:
     segments: list[Segment] = field(default_factory=list)
     searches: int = 0  # searches that the environment answered
     stop: str = ""
+    template: Template = SEM  # how it talks: whoever reads the segments needs to know
 
 
 class SlotCache(Cache):
@@ -142,7 +144,15 @@ class Row:
     sampled: list[int] = field(
         default_factory=list
     )  # the open segment; its last token is not in the cache yet
-    query: str | None = None  # what it waits for, if it waits
+    query: str | None = None  # what it asks, if it waits for a result
+    reply: Segment | None = None  # what it is told next, if it waits to go on
+    turns: int = 0  # results and retries so far
+    inside: bool = False  # of a result block of its own
+    uncertainty: float | None = None  # of its last query, see `Sampler.rose`
+
+    @property
+    def waits(self) -> bool:
+        return self.query is not None or self.reply is not None
 
 
 def rollout(
@@ -161,20 +171,30 @@ def rollout(
     seed: int = 0,
     step: int = 0,
     slots: int | None = None,
+    force_search: bool = False,
+    rising: bool = False,
     counts: dict | None = None,
     progress: str | None = None,
 ) -> list[Episode]:
     """Samples `group_size` episodes of every question: [question 0, question 0, .., question 1, ..].
 
     temperature 0 is greedy. `retriever.search(queries, topk)` returns a list of documents for each query, or
-    raises RetrieverError; without a retriever any search is one too many. At most `slots` rows are in flight
-    (default: all), whole groups at a time.
+    raises RetrieverError; without a retriever any search is one too many. A retriever with `simulates` true
+    gets the questions too, as a third argument. At most `slots` rows are in flight (default: all), whole
+    groups at a time. Where the template's model writes its own results, `max_searches` of them are replaced
+    by real ones if there is a retriever (Sim2Real, arXiv 2508.10874); with `rising` only the first, and those
+    whose query was less certain than the one before. `force_search` puts a <search> behind the first answer
+    (the first thought, where the template has no draft): tokens that are not the policy's.
     `counts`, if given, is increased by the exact numbers of prefill_tokens and decode_tokens that the model
     was fed. Raises DataError if a prompt leaves no room in the model's context."""
     prompts = [render(template, question, tokenizer) for question in questions]
     caps = [room(model, p, q, max_completion_length) for p, q in zip(prompts, questions, strict=True)]
     rows = [
-        Row(Episode(question, prompt), cap, uniforms(cap, seed, step, number * group_size + member))
+        Row(
+            Episode(question, prompt, template=template),
+            cap,
+            uniforms(cap, seed, step, number * group_size + member),
+        )
         for number, (question, prompt, cap) in enumerate(zip(questions, prompts, caps, strict=True))
         for member in range(group_size)
     ]
@@ -189,6 +209,8 @@ def rollout(
         max_searches=max_searches,
         max_doc_tokens=max_doc_tokens,
         temperature=temperature,
+        force_search=force_search,
+        rising=rising,
         cache=SlotCache(model.config, slots, max_len, model.device, model.dtype),
         table=[None] * slots,
         bar=tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False),
@@ -218,6 +240,8 @@ class Sampler:
     max_searches: int
     max_doc_tokens: int
     temperature: float
+    force_search: bool
+    rising: bool
     cache: SlotCache
     table: list[Row | None]  # slot -> row
     bar: tqdm
@@ -226,14 +250,15 @@ class Sampler:
     def __post_init__(self):
         self.ends = end_ids(self.model, self.tokenizer)
         self.closers = closers(self.tokenizer)
-        self.close = f"</{self.template.search}>"
+        self.retry = self.tokenizer(self.template.retry, add_special_tokens=False).input_ids
+        self.force = self.tokenizer(f"\n<{self.template.search}>", add_special_tokens=False).input_ids
 
     @torch.no_grad()
     def run(self, queue: deque[list[Row]]):
         step = 0
         while queue or any(self.table):
             self.admit(queue)
-            waiting = [slot for slot, row in enumerate(self.table) if row and row.query is not None]
+            waiting = [slot for slot, row in enumerate(self.table) if row and row.waits]
             decoding = sum(row is not None for row in self.table) - len(waiting)
             if waiting and (step % SERVE_EVERY == 0 or not decoding):
                 self.serve(waiting)
@@ -270,31 +295,33 @@ class Sampler:
             )
 
     def serve(self, waiting: list[int]):
-        """One retriever call for all rows that wait; each result follows its row's last token as one ragged
+        """One retriever call for all rows that ask; what a row is told follows its last token as one ragged
         prefill."""
-        answered = []  # (slot, the row's last token and its result)
-        for slot, docs in zip(
-            waiting, self.search([self.table[slot].query for slot in waiting]), strict=True
-        ):
-            row, episode = self.table[slot], self.table[slot].episode
+        asking = [self.table[slot] for slot in waiting if self.table[slot].query is not None]
+        for row, docs in zip(asking, self.search(asking) if asking else [], strict=True):
             if docs is None:
                 self.finish(row, "search_failed")
+            else:
+                ids = encode_result(docs, self.tokenizer, self.template, self.max_doc_tokens)
+                row.reply = Segment("env", ids, decode(self.tokenizer, ids))
+        told = []  # (slot, the row's last token and what it is told)
+        for slot in waiting:
+            if (row := self.table[slot]) is None:
                 continue
-            result = encode_result(docs, self.tokenizer, self.template, self.max_doc_tokens)
-            if (
-                len(episode.ids) + len(result) >= row.cap
-            ):  # dropped, not cut: half a result has no closing tag
-                self.finish(row, "length")
+            episode, reply = row.episode, row.reply
+            if len(episode.ids) + len(reply.ids) >= row.cap:
+                self.finish(row, "length")  # dropped, not cut: half a result has no closing tag
                 continue
-            answered.append((slot, [row.sampled[-1], *result]))
+            told.append((slot, [row.sampled[-1], *reply.ids]))
             self.end_segment(row)
-            episode.segments.append(Segment("env", result, decode(self.tokenizer, result)))
-            episode.ids += result
-            episode.loss_mask += [False] * len(result)
-            episode.logps += [0.0] * len(result)
-            episode.searches += 1
-            row.query = None
-        for part in by_tokens(answered):
+            episode.segments.append(reply)
+            episode.ids += reply.ids
+            episode.loss_mask += [False] * len(reply.ids)
+            episode.logps += [0.0] * len(reply.ids)
+            episode.searches += row.query is not None
+            row.turns += reply.kind != "forced"
+            row.query = row.reply = None
+        for part in by_tokens(told):
             self.counts["prefill_tokens"] += sum(len(chunk) - 1 for _, chunk in part)
             self.counts["decode_tokens"] += len(part)
             slots = [slot for slot, _ in part]
@@ -303,7 +330,7 @@ class Sampler:
     def settle(self) -> int:
         """Moves the rows that decode into the first slots, so that a decode step works on a view of the
         cache. Returns how many."""
-        decoding = [row is not None and row.query is None for row in self.table]
+        decoding = [row is not None and not row.waits for row in self.table]
         n = sum(decoding)
         holes = [slot for slot in range(n) if not decoding[slot]]
         strays = [slot for slot in range(n, len(decoding)) if decoding[slot]]
@@ -348,35 +375,98 @@ class Sampler:
         for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
             episode = row.episode
             episode.ids.append(token)
-            episode.loss_mask.append(True)
+            episode.loss_mask.append(not row.inside)
             episode.logps.append(logp)
             row.sampled.append(token)
             if token in self.ends:
-                self.finish(row, "eos")
-            elif token in self.closers and self.close in decode(
-                self.tokenizer, row.sampled[-len(self.close) :]
-            ):
-                self.ask(row)
-            elif len(episode.ids) >= row.cap:
+                self.misstep(row, "eos")
+            elif token in self.closers:
+                self.tag(row)
+            if not episode.stop and not row.waits and len(episode.ids) >= row.cap:
                 self.finish(row, "length")
 
-    def ask(self, row: Row):
-        """The row has just closed a search tag. What its last token holds beyond the tag (">." is one token)
-        stays, unread."""
-        before, _, _ = decode(self.tokenizer, row.sampled).partition(self.close)
-        _, opened, query = before.rpartition(f"<{self.template.search}>")
-        if self.retriever is None or row.episode.searches >= self.max_searches:
-            self.finish(row, "turns")
-        elif not opened or not query.strip():
-            self.finish(row, "bad_query")
-        else:
-            row.query = query.strip()
+    def tag(self, row: Row):
+        """The row's last token may have completed a tag; acts on those that mean something. What the token
+        holds beyond the tag (">." is one token) stays, unread."""
+        t = self.template
+        if t.own_results:
+            self.mask_result(row)
+        if row.inside:
+            return
+        if self.completed(row, f"</{t.search}>"):
+            self.ask(row)
+        elif t.answer_ends and self.completed(row, f"</{t.answer}>"):
+            if f"<{t.answer}>" in decode(self.tokenizer, row.sampled):
+                self.finish(row, "answer")
+            else:
+                self.misstep(row, "answer")
+        elif self.force_search and not row.episode.segments:
+            if self.completed(row, f"</{t.answer if t.draft else t.think}>"):
+                row.reply = Segment("forced", self.force, f"\n<{t.search}>")
 
-    def search(self, queries: list[str]) -> list:
-        """Documents for each query, in one call. If it fails: None for each; these episodes end, the run goes
-        on."""
+    def completed(self, row: Row, tag: str) -> int:
+        """How many of the row's last tokens hold `tag`, if the last one completed it; else 0."""
+        tail = row.sampled[-len(tag) :]  # a token has at least one character
+        if tag not in decode(self.tokenizer, tail):
+            return 0
+        n = next(n for n in range(1, len(tail) + 1) if tag in decode(self.tokenizer, tail[-n:]))
+        return 0 if tag in decode(self.tokenizer, tail[-n:-1]) else n
+
+    def mask_result(self, row: Row):
+        """Takes a result block that the model writes itself out of the loss: every token of which any
+        character lies in the block, tags included; a block that is never closed goes on to the end."""
+        if row.inside:
+            row.inside = not self.completed(row, f"</{self.template.result}>")
+        elif n := self.completed(row, f"<{self.template.result}>"):
+            row.inside = True
+            row.episode.loss_mask[-n:] = [False] * n
+
+    def ask(self, row: Row):
+        """The row has just closed a search tag."""
+        t = self.template
+        before = decode(self.tokenizer, row.sampled).rpartition(f"</{t.search}>")[0]
+        _, opened, query = before.rpartition(f"<{t.search}>")
+        if row.episode.segments and row.episode.segments[-1].kind == "forced" and not opened:
+            opened = query = before
+        query = query.strip() if opened else ""
+        over = self.retriever is None or row.turns >= self.max_searches
+        if t.own_results and (over or not query or (self.rising and not self.rose(row))):
+            return  # the model goes on and answers itself
+        if over:
+            self.finish(row, "turns")
+        elif not query:
+            self.misstep(row, "bad_query")
+        else:
+            row.query = query
+
+    def rose(self, row: Row) -> bool:
+        """Whether the row's query was less certain than the one before, or is the first (SSRL's
+        entropy-guided search).
+
+        Uncertainty is the mean of -p log2 p over the tokens of the query and its tags, p the probability of
+        the sampled token."""
+        opened, n = f"<{self.template.search}>", 1
+        while opened not in decode(self.tokenizer, row.sampled[-n:]):
+            n += 1
+        bits = [-math.exp(logp) * logp / math.log(2) for logp in row.episode.logps[-n:]]
+        before, row.uncertainty = row.uncertainty, sum(bits) / n
+        return before is None or row.uncertainty > before
+
+    def misstep(self, row: Row, stop: str):
+        """A turn without a query and without an answer: the template says what the row is told, if
+        anything."""
+        if self.retry and row.turns < self.max_searches:
+            row.reply = Segment("retry", self.retry, self.template.retry)
+        else:
+            self.finish(row, stop)
+
+    def search(self, rows: list[Row]) -> list:
+        """Documents for each row's query, in one call. If it fails: None for each; these episodes end, the
+        run goes on."""
+        queries, simulates = [row.query for row in rows], getattr(self.retriever, "simulates", False)
+        questions = [[row.episode.question for row in rows]] if simulates else []
         try:
-            results = self.retriever.search(queries, self.topk)
+            results = self.retriever.search(queries, self.topk, *questions)
             if len(results) != len(queries):
                 raise RetrieverError(f"{len(queries)} queries, {len(results)} results")
             return results
