@@ -288,7 +288,7 @@ def research(episode: Episode, question: Question, *, paper: bool = False, **_) 
     `paper`: eq. 2 of arXiv 2503.19470, where F1 > 0 is paid in a broken format too. Sound are: as many
     <think> as </think>, one at least; one <answer>, with a box; behind every search its result."""
     t, p = episode.template, parse_episode(episode)
-    text = "".join(s.text if s.kind == "model" else f"<{t.result}></{t.result}>" for s in episode.segments)
+    text = "".join(f"<{t.result}></{t.result}>" if s.kind == "env" else s.text for s in episode.segments)
     turns = re.findall(rf"</?(?:{t.search}|{t.result})>", text)
     once = [f"<{t.search}>", f"</{t.search}>", f"<{t.result}>", f"</{t.result}>"]
     sound = text.count(f"<{t.think}>") == text.count(f"</{t.think}>") >= 1
