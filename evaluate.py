@@ -1,38 +1,54 @@
-"""Greedy evaluation: how often it is right, and how often it searches.
+"""Greedy evaluation: how often a model is right, how often it searches, and whether when it should.
 
     python evaluate.py --model out/sem --data hotpotqa,gsm8k,mmlu,musique --corpus corpus.jsonl
+    python evaluate.py --model out/sem --baseline rag ...       # or direct, cot, always
+    python evaluate.py --model out/ssrl --real_searches 3 ...   # SSRL with real search (or all, or entropy)
 
-Whole sets in their own order, the sampler of training with temperature 0, the same search budget. Columns of
-the table:
+Whole sets in their own order, the sampler of training with temperature 0, up to three passes with one budget:
 
-    EM        exact match of the final answer; letters for multiple choice
-    F1        token F1 of the final answer
-    SR        share of the questions that were searched (arXiv 2505.07903)
-    searches  mean number of searches
+    normal        as in training
+    closed-book   a prompt of its own that mentions neither tool nor tags: what is right is *known*
+    forced        a <search> is put behind the first answer (or thought): what an always-searching policy gets
+
+Out come a table on stdout, every measure with its definition, the number of questions it is about and a 95 %
+interval (Wilson's for shares, bootstrap for the rest), the same in eval.json with the ids of what is known,
+and every episode in eval_transcripts.jsonl. A share by data set alone does not tell whether a model judges
+question by question: read over_search and under_search within a set.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
-from dataclasses import dataclass, replace
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from config import fail, parse
-from data import SEM, DataError, Question, load, paragraphs, render
+from data import COT, DIRECT, RAG, DataError, Question, Template, encode_foreign, load, paragraphs, render
 from retriever import BM25, Remote, RetrieverError, load_corpus
-from reward import exact_match, f1, parse_episode
-from rollout import load_model, probe, rollout
+from reward import METHODS, exact_match, f1, parse_episode
+from rollout import Episode, decode, load_model, probe, rollout
 
 
 @dataclass
 class Config:
-    """Evaluates a model with search: EM, F1, search ratio."""
+    """Evaluates a model with search: answers, searches, and when it searches."""
 
     model: str = ""  # hub id or local directory
     data: str = ""  # data sets, comma-separated: a name (hub), name:path, or a path to JSONL
+    method: str = ""  # how the model was trained to talk; none: as its run.json says, else sem
+    baseline: str = ""  # in its place: direct, cot, rag (retrieve once), always (search always, by force)
+    real_searches: str = ""  # ssrl: self-written results replaced by real ones: the first K, all, or entropy
     corpus: str = ""  # JSONL of {"id", "contents"}; none: the paragraphs that multi-hop sets bring along
     retriever: str = ""  # URL of a /retrieve server, in place of a corpus
     topk: int = 5  # documents a search returns (ReSearch, arXiv 2503.19470)
@@ -41,38 +57,281 @@ class Config:
     max_doc_tokens: int = 512  # tokens a document is cut to
     eval_size: int = 0  # questions of each set, drawn once; 0: all
     batch_size: int = 64  # rows in flight
+    tau: float = 0.5  # F1 from which a draft counts as right
+    known: str = ""  # eval.json of the base model: over_search for what *it* knew, too
+    closed_book: bool = True  # the closed-book and the forced pass, which most measures need
+    samples: int = 0  # sampled episodes a question for pass@k (SSRL); 0: none
+    judge_url: str = ""  # OpenAI-compatible endpoint that judges answers (LJ); the key is in OPENAI_API_KEY
+    judge_model: str = "gpt-4o-mini"  # (ReSearch)
     output: str = "eval.json"  # where the figures are written
 
 
-def evaluate(
-    model, tokenizer, sets: dict[str, list[Question]], retriever, *, batch_size: int, progress=True, **budget
-):
-    """{set: {"em", "f1", "sr", "searches", "n"}} of greedy episodes. `budget` goes to `rollout` as it is."""
+# ----------------------------------------------------------------------------------------------------------
+# what is measured
+
+
+@dataclass
+class Record:
+    """One question. What was not asked (no such pass) is None."""
+
+    id: str
+    em: bool
+    f1: float
+    searches: int
+    tokens: int  # written by the policy
+    draft: bool | None = None  # the first answer, before any search, has F1 >= tau; None: there is none
+    known: bool | None = None  # right closed-book
+    known_base: bool | None = None  # right closed-book for the model of --known
+    forced: bool | None = None  # right in the forced pass
+    judged: bool | None = None  # right for the judge
+    sampled: list[bool] | None = None  # right, sample by sample
+
+    @property
+    def searched(self) -> bool:
+        return self.searches > 0
+
+
+SHARES: dict[
+    str, tuple[str, Callable, Callable]
+] = {  # name: definition, of which records, which of them count
+    "em": ("exact match", lambda r: True, lambda r: r.em),
+    "lj": ("right for the judge", lambda r: r.judged is not None, lambda r: r.judged),
+    "sr": ("P(searched): SEM's search ratio", lambda r: True, lambda r: r.searched),
+    "known": ("P(right closed-book)", lambda r: r.known is not None, lambda r: r.known),
+    "over_search": (
+        "P(searched | known): QOR of SAAS (arXiv 2605.29796)",
+        lambda r: r.known,
+        lambda r: r.searched,
+    ),
+    "over_search_base": (
+        "P(searched | known to the model of --known)",
+        lambda r: r.known_base,
+        lambda r: r.searched,
+    ),
+    "under_search": (
+        "P(not searched | not known, but right when forced to search): ours, no paper has it by question",
+        lambda r: r.known is False and r.forced,
+        lambda r: not r.searched,
+    ),
+    "wrong_without_search": ("P(wrong | not searched)", lambda r: not r.searched, lambda r: not r.em),
+    "draft_right_given_search": (
+        "P(draft right | searched)",
+        lambda r: r.searched and r.draft is not None,
+        lambda r: r.draft,
+    ),
+    "sandbag_rate": (
+        "P(draft wrong | known, searched): ours",
+        lambda r: r.known and r.searched and r.draft is not None,
+        lambda r: not r.draft,
+    ),
+}
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def f1_aware(records: list[Record]) -> float | None:
+    """2PR / (P + R) of the decision not to search, P = P(known | not searched), R = P(not searched |
+    known)."""
+    told = [r for r in records if r.known is not None]
+    both = sum(r.known and not r.searched for r in told)
+    either = sum(r.known for r in told) + sum(not r.searched for r in told)
+    return 2 * both / either if either else None
+
+
+def tool_productivity(records: list[Record]) -> float | None:
+    searches = sum(r.searches for r in records)
+    return sum(r.em for r in records) / searches if searches else None
+
+
+def pass_at(k: int) -> Callable:
+    """The unbiased estimator (arXiv 2107.03374): 1 - C(n - c, k) / C(n, k), for c right ones of n samples."""
+
+    def figure(records: list[Record]) -> float | None:
+        counts = [(len(r.sampled), sum(r.sampled)) for r in records if r.sampled]
+        return mean(1 - math.comb(n - c, k) / math.comb(n, k) for n, c in counts)
+
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable]] = {  # name: definition, function of the records
+    "f1": ("token F1", lambda rs: mean(r.f1 for r in rs)),
+    "searches": ("searches a question", lambda rs: mean(r.searches for r in rs)),
+    "tokens": ("tokens that the model wrote", lambda rs: mean(r.tokens for r in rs)),
+    "f1_aware": ("F1 of the decision not to search against known (AdaSearch, arXiv 2512.16883)", f1_aware),
+    "tool_productivity": ("right answers / searches (OTC, arXiv 2504.14870)", tool_productivity),
+}
+
+
+def measure(records: list[Record]) -> dict[str, dict[str, float]]:
+    """{name: {"value", "low", "high", "n"}}: the measures that these records tell something about."""
     table = {}
-    for name, questions in sets.items():
-        episodes = rollout(
-            model, tokenizer, SEM, questions, retriever=retriever, temperature=0.0, slots=batch_size,
-            progress=f"evaluating {name}" if progress else None, **budget,
-        )  # fmt: skip
-        done = [e for e in episodes if e.stop != "search_failed"]  # a retriever that is down says nothing
-        if len(done) < len(episodes):
-            print(
-                f"warning: {name}: {len(episodes) - len(done)} searches failed, their questions are left out"
-            )
-        answers = [(parse_episode(e).answer, e.question) for e in done]
-        n = max(1, len(done))
-        table[name] = {
-            "em": sum(exact_match(*pair) for pair in answers) / n,
-            "f1": sum(f1(*pair) for pair in answers) / n,
-            "sr": sum(e.searches > 0 for e in done) / n,
-            "searches": sum(e.searches for e in done) / n,
-            "n": len(done),
-        }
+    for name, (_, of, counts) in SHARES.items():
+        if some := [bool(counts(r)) for r in records if of(r)]:
+            low, high = wilson(sum(some), len(some))
+            table[name] = {"value": mean(some), "low": low, "high": high, "n": len(some)}
+    samples = max((len(r.sampled or []) for r in records), default=0)
+    figures = {name: figure for name, (_, figure) in FIGURES.items()}
+    figures |= {f"pass@{2**i}": pass_at(2**i) for i in range(samples.bit_length())}
+    if all(r.known is None for r in records):
+        del figures["f1_aware"]
+    for name, figure in figures.items():
+        if (value := figure(records)) is not None:
+            low, high = bootstrap(figure, records)
+            table[name] = {"value": value, "low": low, "high": high, "n": len(records)}
     return table
 
 
+def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of k in n."""
+    p, centre = k / n, (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+def bootstrap(figure: Callable, records: list[Record], times: int = 300) -> tuple[float, float]:
+    """The 95 % percentile interval of `figure` over resampled questions; the same at every call."""
+    rng = np.random.default_rng(0)
+    draws = (
+        figure([records[i] for i in rng.integers(len(records), size=len(records))]) for _ in range(times)
+    )
+    low, high = np.quantile([draw for draw in draws if draw is not None], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summary(records: list[Record]) -> dict[str, float]:
+    """The four figures of the table that grpo.py prints before and after training."""
+    n = max(1, len(records))
+    sums = {
+        "em": sum(r.em for r in records),
+        "f1": sum(r.f1 for r in records),
+        "sr": sum(r.searched for r in records),
+        "searches": sum(r.searches for r in records),
+    }
+    return {name: total / n for name, total in sums.items()} | {"n": len(records)}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the passes
+
+
+def evaluate(
+    model,
+    tokenizer,
+    template: Template,
+    sets: dict[str, list[Question]],
+    retriever,
+    *,
+    closed_book: bool = False,
+    force: bool = False,
+    samples: int = 0,
+    tau: float = 0.5,
+    log: Callable = lambda name, kind, episodes: None,
+    progress: bool = True,
+    **budget,
+) -> dict[str, list[Record]]:
+    """{set: a record for each question}. `budget` goes to `rollout` as it is, to every pass.
+
+    `closed_book` adds the closed-book pass and, if there is a retriever, the forced one; `force` forces the
+    search in the normal pass too. `log(set, pass, episodes)` sees every episode. Questions whose search
+    failed are left out, with a warning."""
+    table = {}
+    for name, questions in sets.items():
+
+        def sample(kind, talks, engine, name=name, questions=questions, **more):
+            episodes = rollout(
+                model, tokenizer, talks, questions, retriever=engine,
+                progress=f"{name}, {kind}" if progress else None, **{"temperature": 0.0, **budget, **more},
+            )  # fmt: skip
+            log(name, kind, episodes)
+            return episodes
+
+        passes = {"normal": sample("normal", template, retriever, force_search=force)}
+        if closed_book:
+            passes["known"] = sample("closed-book", DIRECT, None)
+        if closed_book and retriever is not None and not template.raw:
+            passes["forced"] = sample("forced", template, retriever, force_search=True, rising=False)
+        if samples:
+            many = sample("sampled", template, retriever, group_size=samples, temperature=1.0)
+        table[name], failed = [], 0
+        for i, question in enumerate(questions):
+            if any(episodes[i].stop == "search_failed" for episodes in passes.values()):
+                failed += 1  # a retriever that is down says nothing about the model
+                continue
+            right = {kind: is_right(episodes[i]) for kind, episodes in passes.items()}
+            episode = passes["normal"][i]
+            p = parse_episode(episode)
+            record = Record(
+                id=question.id,
+                em=right["normal"],
+                f1=f1(p.answer, question),
+                searches=episode.searches,
+                tokens=sum(len(s.ids) for s in episode.segments if s.kind == "model"),
+                draft=f1(p.first, question) >= tau if template.draft else None,
+                known=right.get("known"),
+                forced=right.get("forced"),
+            )
+            if samples:
+                record.sampled = [is_right(e) for e in many[i * samples :][:samples]]
+            table[name].append(record)
+        if failed:
+            tqdm.write(f"warning: {name}: {failed} searches failed, their questions are left out")
+    return table
+
+
+def is_right(episode: Episode) -> bool:
+    return exact_match(parse_episode(episode).answer, episode.question) == 1.0
+
+
+def retrieve_once(sets: dict[str, list[Question]], retriever, topk: int, max_doc_tokens: int, tokenizer):
+    """Naive RAG: every question with the `topk` documents that a search for it returns, in its prompt."""
+    told = {}
+    for name, questions in sets.items():
+        told[name] = []
+        for question, docs in zip(
+            questions, retriever.search([q.text for q in questions], topk), strict=True
+        ):
+            lines = []
+            for i, doc in enumerate(docs, 1):
+                ids = encode_foreign(f"{doc.title}: {doc.text}", tokenizer, RAG)[:max_doc_tokens]
+                lines.append(f"Doc {i}: {decode(tokenizer, ids)}\n")
+            told[name].append(replace(question, text="".join(lines) + f"\nQuestion: {question.text}"))
+    return told
+
+
+# ----------------------------------------------------------------------------------------------------------
+# LJ: a language model as the judge
+
+
+def judge(question: Question, answer: str, url: str, model: str) -> bool | None:
+    """ReSearch's criterion (arXiv 2503.19470, appendix): the same in meaning as one of the golds. The wording
+    is ours. None if the endpoint does not answer."""
+    asked = (
+        "Is the answer right? It is right if it means the same as at least one of the reference answers. "
+        'Reply with JSON only: {"rationale": "...", "judgement": "correct" or "incorrect"}.\n\n'
+        f"Question: {question.text}\nReference answers: {json.dumps(question.answers)}\nAnswer: {answer}"
+    )
+    body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": asked}]}
+    key = os.environ.get("OPENAI_API_KEY", "")
+    head = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    try:
+        target = f"{url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(target, json.dumps(body).encode(), head)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            said = json.load(reply)["choices"][0]["message"]["content"]
+        return json.loads(said[said.index("{") : said.rindex("}") + 1])["judgement"] == "correct"
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# tables and files
+
+
 def markdown(tables: dict[str, dict[str, dict[str, float]]]) -> str:
-    """{"before": {set: figures}, ...} -> a markdown table, one line a set."""
+    """{"before": {set: summary}, ...} -> a markdown table, one line a set."""
     head = "".join(f" | EM {when} | F1 {when} | SR {when} | searches {when}" for when in tables)
     lines = [f"| questions | n{head} |", "| --- | ---:" + " | ---:" * 4 * len(tables) + " |"]
     for name, first in next(iter(tables.values())).items():
@@ -83,6 +342,21 @@ def markdown(tables: dict[str, dict[str, dict[str, float]]]) -> str:
         )
         lines.append(f"| {name} | {first['n']}{cells} |")
     return "\n".join(lines)
+
+
+def report(table: dict[str, dict[str, dict[str, float]]]) -> str:
+    """{set: measures} -> a markdown table, one line a measure: value (95 % interval; number of questions)."""
+    names = dict.fromkeys(name for measures in table.values() for name in measures)
+    lines = [f"| measure | {' | '.join(table)} |", "| --- |" + " ---: |" * len(table)]
+    for name in names:
+        cells = (
+            f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}; {m['n']})" if (m := row.get(name)) else "-"
+            for row in table.values()
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    told = {name: entry[0] for name, entry in {**SHARES, **FIGURES}.items()}
+    told |= {name: "right at least once in that many samples" for name in names if name.startswith("pass@")}
+    return "\n".join(lines) + "\n\n" + "\n".join(f"{name}: {told[name]}" for name in names)
 
 
 def load_sets(specs: str, split: str, size: int = 0) -> dict[str, list[Question]]:
@@ -123,26 +397,111 @@ def open_retriever(url: str, corpus: str, specs: dict[str, str]):
     return BM25([replace(doc, id=str(i)) for i, doc in enumerate(docs.values())])
 
 
-def main(config: Config):
+# ----------------------------------------------------------------------------------------------------------
+# the program
+
+
+def check(config: Config) -> Config:
+    """Values that make no sense, before anything is loaded; fills in the method."""
     if not config.model or not config.data:
         raise DataError("--model and --data are needed")
+    for name in ("topk", "max_completion_length", "max_doc_tokens", "batch_size"):
+        if getattr(config, name) < 1:
+            raise DataError(f"--{name} {getattr(config, name)}: must be at least 1")
+    for name in ("max_searches", "eval_size", "samples"):
+        if getattr(config, name) < 0:
+            raise DataError(f"--{name} {getattr(config, name)}: must be at least 0")
+    method, run = config.method, Path(config.model) / "run.json"
+    if not method and run.exists():
+        method = json.loads(run.read_text()).get("method", "sem")
+    config = replace(config, method=method or "sem")
+    if config.method not in METHODS:
+        raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
+    if config.baseline not in ("", "direct", "cot", "rag", "always"):
+        raise DataError(f"--baseline {config.baseline}: must be direct, cot, rag or always")
+    real = config.real_searches
+    if real and not METHODS[config.method].template.own_results:
+        raise DataError(f"--real_searches {real}: only for a method that writes its own results (ssrl)")
+    if real and real not in ("all", "entropy") and not real.isdecimal():
+        raise DataError(f"--real_searches {real}: must be a number, all or entropy")
+    return config
+
+
+def main(config: Config):
+    config = check(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sets = load_sets(config.data, "test", config.eval_size)
-    retriever = open_retriever(config.retriever, config.corpus, {"test": config.data})
+    known = {}
+    if config.known:
+        try:
+            known = json.loads(Path(config.known).read_text())["known"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"--known {config.known}: not the eval.json of a closed-book pass") from error
+    template = METHODS[config.method].template
+    template = {"direct": DIRECT, "cot": COT, "rag": RAG}.get(config.baseline, template)
+    real = config.real_searches if template.own_results else "all"
+    retriever, searches = None, config.max_searches
+    if (real and config.baseline not in ("direct", "cot")) or config.baseline == "always":
+        retriever = open_retriever(config.retriever, config.corpus, {"test": config.data})
+        searches = int(real) if real.isdecimal() else searches
     model, tokenizer = load_model(config.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    longest = max((len(render(SEM, q, tokenizer)) for rows in sets.values() for q in rows), default=0)
+    closed_book = config.closed_book and config.baseline != "rag"  # its questions hold the documents
+    if config.baseline == "rag":
+        sets = retrieve_once(sets, retriever, config.topk, config.max_doc_tokens, tokenizer)
+        retriever = None
+    longest = max((len(render(template, q, tokenizer)) for rows in sets.values() for q in rows), default=0)
     probe(model, tokenizer, longest + config.max_completion_length)
-    budget = {
-        k: getattr(config, k) for k in ("topk", "max_searches", "max_completion_length", "max_doc_tokens")
-    }
-    table = evaluate(model, tokenizer, sets, retriever, batch_size=config.batch_size, **budget)
-    print(markdown({"": table}))
-    Path(config.output).write_text(json.dumps(table, indent=1))
+
+    output = Path(config.output)
+    transcripts = output.with_name(output.stem + "_transcripts.jsonl")
+    transcripts.write_text("")
+
+    def log(name: str, kind: str, episodes: list[Episode]):
+        with open(transcripts, "a", encoding="utf-8") as file:
+            for e in episodes:
+                answer, right = parse_episode(e).answer, is_right(e)
+                row = {"set": name, "pass": kind, "id": e.question.id, "question": e.question.text}
+                row |= {"answers": e.question.answers, "answer": answer, "right": right}
+                row |= {"searches": e.searches, "stop": e.stop}
+                row["segments"] = [{"kind": s.kind, "text": s.text} for s in e.segments]
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if kind == "normal":
+                    said[name, e.question.id] = e
+
+    said: dict[tuple[str, str], Episode] = {}
+    budget = {k: getattr(config, k) for k in ("topk", "max_completion_length", "max_doc_tokens")}
+    records = evaluate(
+        model, tokenizer, template, sets, retriever, closed_book=closed_book,
+        force=config.baseline == "always", samples=config.samples, tau=config.tau, log=log,
+        slots=config.batch_size, max_searches=searches, rising=real == "entropy", **budget,
+    )  # fmt: skip
+    for name, rows in records.items():
+        for record in rows:
+            if config.baseline == "rag":
+                record.searches = 1
+            if known:
+                record.known_base = record.id in known.get(name, ())
+        if config.judge_url:
+            answers = [(e.question, parse_episode(e).answer or "") for e in (said[name, r.id] for r in rows)]
+            ask = partial(judge, url=config.judge_url, model=config.judge_model)
+            with ThreadPoolExecutor(8) as pool:
+                verdicts = list(pool.map(ask, *zip(*answers, strict=True)))
+            for record, verdict in zip(rows, verdicts, strict=True):
+                record.judged = verdict
+            if silent := sum(r.judged is None for r in rows):
+                tqdm.write(f"warning: {name}: the judge did not answer on {silent} of {len(rows)} questions")
+    table = {name: measure(rows) for name, rows in records.items()}
+    if len(records) > 1:
+        table["all"] = measure([r for rows in records.values() for r in rows])
+    print(report(table))
+    right = {name: [r.id for r in rows if r.known] for name, rows in records.items()}
+    content = {"config": asdict(config), "measures": table} | ({"known": right} if closed_book else {})
+    output.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":
     config, _ = parse(Config, "evaluate.py")
     try:
         main(config)
-    except (DataError, OSError) as error:
+    except (DataError, RetrieverError, OSError) as error:
         fail("evaluate.py", error)

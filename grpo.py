@@ -1,5 +1,5 @@
-"""SEM (arXiv 2505.07903): GRPO that teaches a language model when to search. From a question to a trained
-model, in this order:
+"""GRPO that teaches a language model when to search: SEM (arXiv 2505.07903) and the methods it is compared
+with. From a question to a trained model, in this order:
 
     mix of questions -> prompts -> batched episodes through the search loop -> rule-based reward
     -> advantages in each group -> clipped policy gradient with a KL term, on the policy's own tokens only
@@ -10,6 +10,7 @@ fine-tuning.
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct --train musique,mmlu --output_dir out/sem
+    python grpo.py --method search-r1                 # or ssrl, research, zerosearch
     python grpo.py --output_dir out/sem --resume      # go on from the newest complete checkpoint
 """
 
@@ -34,21 +35,25 @@ from tqdm import tqdm
 import kernels
 import toy
 from config import fail, parse
-from data import SEM, DataError, mix, render
-from evaluate import evaluate, load_sets, markdown, open_retriever
-from reward import exact_match, parse_episode, sandbag_suspects, sem
+from data import DataError, mix, render
+from evaluate import evaluate, load_sets, markdown, open_retriever, summary
+from reward import METHODS, REWARDS, exact_match, parse_episode, sandbag_suspects
 from rollout import Episode, by_tokens, kv_bytes, load_model, probe, rollout
+from simulator import CorpusSimulator, ModelSimulator, noise
 
 
 @dataclass
 class Config:
-    """GRPO with the SEM reward. Without --model: the toy world.
+    """GRPO with the reward of SEM, or of another method. Without --model: the toy world.
 
     SEM publishes GRPO, 200 steps, a balanced mix of MuSiQue and MMLU, and Qwen2.5-7B-Instruct. What it leaves
     open is filled with the settings of ReSearch (arXiv 2503.19470, table 4), whose tags and metrics it
-    shares; where both are silent it is our choice."""
+    shares; where both are silent it is our choice. They stay the same for every method, so that two runs
+    differ in the method alone."""
 
-    # what is trained, on what
+    # what is trained, how, on what
+    method: str = "sem"  # sem, ssrl, search-r1, research or zerosearch: its prompt, reward, and who searches
+    reward: str = ""  # instead of the method's own: otc, flat, sem_kept or any name in reward.REWARDS
     model: str = ""  # hub id or directory of the start model; none: the toy world (SEM: Qwen2.5-7B-Instruct)
     train: str = "musique,mmlu"  # data sets, equal shares: name (hub), name:path, or a JSONL path (SEM)
     eval: str = ""  # data sets of the before/after table, greedy; none: no table
@@ -67,6 +72,9 @@ class Config:
     topk: int = 5  # documents a search returns (ReSearch)
     max_doc_tokens: int = 512  # tokens a document is cut to, by itself (our choice)
     rollout_slots: int = 0  # rows in flight at once; 0: from free memory, resolved once (our choice)
+    simulator: str = ""  # zerosearch: the model that plays the engine, hub id or directory; none: the corpus
+    noise_start: float = 0.0  # zerosearch: share of noisy results at the start (ZeroSearch, arXiv 2505.04588)
+    noise_end: float = 0.5  # and at the end (ZeroSearch)
     # reward
     tau: float = 0.5  # F1 from which the first answer counts as known (not published; our choice)
     sem_kept: float | None = None  # our repair: a right draft then a search keeps (1 - this) F1(a2); SEM: 0
@@ -268,15 +276,20 @@ def train_step(run: Run, step: int, signals: Signals) -> dict[str, float]:
     config, start = run.config, time.perf_counter()
     questions = mix(run.sources, config.prompts_per_step, config.seed, step)
     counts: dict[str, int] = {}
+    if run.method.simulated:
+        run.engine.at(step, noise(step, config.max_steps, config.noise_start, config.noise_end))
     episodes = rollout(
-        run.sampler, run.tokenizer, SEM, questions, group_size=config.num_generations,
-        retriever=run.retriever, temperature=config.temperature, seed=config.seed, step=step,
+        run.sampler, run.tokenizer, run.method.template, questions, group_size=config.num_generations,
+        retriever=run.engine, temperature=config.temperature, seed=config.seed, step=step,
         slots=config.rollout_slots, counts=counts, progress="rollout" if run.progress else None,
         **config.budget(),
     )  # fmt: skip
     sampled = time.perf_counter()
 
-    parts = [sem(e, e.question, tau=config.tau, kept=config.sem_kept) for e in episodes]
+    reward, size, parts = REWARDS[config.reward], config.num_generations, []
+    for i, e in enumerate(episodes):
+        group = episodes[i // size * size :][:size]
+        parts.append(reward(e, e.question, group=group, tau=config.tau, kept=config.sem_kept))
     shape = (len(questions), config.num_generations)
     rewards = torch.tensor([p["reward"] for p in parts], dtype=torch.float64).view(shape)
     counted = torch.tensor([e.stop != "search_failed" for e in episodes]).view(shape)
@@ -308,7 +321,6 @@ def episode_metrics(
     counted = torch.tensor([e.stop != "search_failed" for e in episodes])
     lengths = [sum(e.loss_mask) for e in episodes]
     ended = [length for length, e in zip(lengths, episodes, strict=True) if e.stop == "eos"] or [0]
-    suspects, searched = sandbag_suspects(parts, config.num_generations, config.tau)
     metrics = {
         "reward": rewards.flatten()[counted].sum().item() / max(1, counted.sum().item()),
         "reward_std": rewards.std(1).mean().item(),
@@ -321,9 +333,12 @@ def episode_metrics(
         "tools/call_frequency": sum(e.searches for e in episodes) / n,
         "tools/failure_frequency": sum(e.stop == "search_failed" for e in episodes) / n,
         "num_tokens": sum(lengths),
-        "format": sum(p["f"] for p in parts) / n,
-        "sandbag_suspects": suspects / searched if searched else 0.0,
     }
+    if "f" in parts[0]:
+        metrics["format"] = sum(p["f"] for p in parts) / n
+    if "f1_a1" in parts[0]:
+        suspects, searched = sandbag_suspects(parts, config.num_generations, config.tau)
+        metrics["sandbag_suspects"] = suspects / searched if searched else 0.0
     for source in sorted({e.question.source for e in episodes}):
         own = [e for e in episodes if e.question.source == source]
         right = sum(exact_match(parse_episode(e).answer, e.question) for e in own)
@@ -342,23 +357,30 @@ class Run:
 
     def __init__(self, config: Config):
         self.config, self.step, self.progress = config, 0, sys.stderr.isatty()
+        self.method = METHODS[config.method]
         self.out = Path(config.output_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.sources = load_sets(config.train, "train")
         self.sets = load_sets(config.eval, "test", config.eval_size)
-        self.retriever = open_retriever(
-            config.retriever, config.corpus, {"train": config.train, "test": config.eval}
-        )
+        self.retriever = None  # of the evaluation
+        if not self.method.template.own_results:
+            specs = {"train": config.train, "test": config.eval}
+            self.retriever = open_retriever(config.retriever, config.corpus, specs)
+        self.engine = self.retriever  # of the training
+        if self.method.simulated and config.simulator:
+            self.engine = ModelSimulator(*load_model(config.simulator, device, dtype), config.seed)
+        elif self.method.simulated:
+            self.engine = CorpusSimulator(self.retriever, config.seed)
         self.model, self.tokenizer = load_model(config.model, device)
         longest = check_prompts(self)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         # the start model, frozen: also after a resume, when the policy's weights come from a checkpoint
-        half = torch.bfloat16 if config.bf16 else torch.float32
-        self.reference = load_model(config.model, device, half)[0].eval() if config.beta else None
+        self.reference = load_model(config.model, device, dtype)[0].eval() if config.beta else None
         # sampling reads every weight for every token: on a GPU from a bf16 copy
-        self.sampler = load_model(config.model, device, half)[0].eval() if config.bf16 else self.model
+        self.sampler = load_model(config.model, device, dtype)[0].eval() if config.bf16 else self.model
         decay = [p for p in self.model.parameters() if p.ndim >= 2]
         rest = [p for p in self.model.parameters() if p.ndim < 2]  # norms and biases
         self.optimizer = torch.optim.AdamW(
@@ -401,10 +423,11 @@ class Run:
                     target.copy_(source)
 
     def evaluate(self) -> dict:
-        return evaluate(
-            self.sampler, self.tokenizer, self.sets, self.retriever, progress=self.progress,
-            batch_size=self.config.rollout_slots, **self.config.budget(),
+        records = evaluate(
+            self.sampler, self.tokenizer, self.method.template, self.sets, self.retriever,
+            progress=self.progress, slots=self.config.rollout_slots, **self.config.budget(),
         )  # fmt: skip
+        return {name: summary(rows) for name, rows in records.items()}
 
     # files: a full disk costs a warning, never the run
 
@@ -525,14 +548,14 @@ def check_prompts(run: Run) -> int:
     context = getattr(run.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     questions = [q for sets in (run.sources, run.sets) for rows in sets.values() for q in rows]
     longest = max(questions, key=lambda q: len(q.text) + sum(map(len, q.choices or [])))
-    bare = len(render(SEM, replace(longest, text="", choices=None), run.tokenizer))
+    bare = len(render(run.method.template, replace(longest, text="", choices=None), run.tokenizer))
     for q in questions:
         size = bare + len("".join([q.text, *(q.choices or [])]).encode()) + 8 * len(q.choices or [])
-        if size >= context and (n := len(render(SEM, q, run.tokenizer))) >= context:
+        if size >= context and (n := len(render(run.method.template, q, run.tokenizer))) >= context:
             raise DataError(
                 f"the prompt of {q.id} ({q.source}) has {n} tokens; the context of --model holds {context}"
             )
-    prompt = render(SEM, longest, run.tokenizer)
+    prompt = render(run.method.template, longest, run.tokenizer)
     if "<think>" in run.tokenizer.decode(prompt[-8:]):
         raise DataError(
             "the chat template of --model opens <think> by itself; the reward expects the policy to do it"
@@ -633,7 +656,8 @@ def resolve(config: Config, given: set[str]) -> Config:
     that make no sense."""
     toy_run = not config.model
     if toy_run and "output_dir" not in given:
-        config = replace(config, output_dir=TOY["output_dir"])
+        name = "" if config.method == "sem" else f"-{config.method}"
+        config = replace(config, output_dir=TOY["output_dir"] + name)
     stored = Path(config.output_dir) / "run.json"
     if config.resume:
         if not stored.exists():
@@ -650,15 +674,19 @@ def resolve(config: Config, given: set[str]) -> Config:
             )
         return check(replace(before, **{name: getattr(config, name) for name in given}))
     if toy_run:
-        config = replace(config, **{name: value for name, value in TOY.items() if name not in given})
+        defaults = TOY | {"output_dir": config.output_dir}
+        config = replace(config, **{name: value for name, value in defaults.items() if name not in given})
     if stored.exists():
         raise DataError(
             f"{stored.parent} holds a run: --resume continues it, another --output_dir starts one"
         )
-    check(config)
+    config = check(config)
     if toy_run:
         torch.set_num_threads(1)  # as in Run.resolve_sizes
-        world = toy.build(toy.Config(output_dir=f"out/toy-world-{config.seed}", seed=config.seed))
+        template = METHODS[config.method].template
+        dialect = next(name for name, method in METHODS.items() if method.template == template)
+        folder = "out/toy-world" + ("" if dialect == "sem" else f"-{dialect}") + f"-{config.seed}"
+        world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=dialect))
         config = replace(
             config,
             model=str(world / "model"),
@@ -690,12 +718,23 @@ def check(config: Config) -> Config:
         if not low <= getattr(config, name) < math.inf:
             why = " (a group of one has no baseline)" if name == "num_generations" else ""
             raise DataError(f"--{name} {getattr(config, name)}: must be at least {low}{why}")
-    for name in ("tau", "sem_kept"):
+    for name in ("tau", "sem_kept", "noise_start", "noise_end"):
         if (value := getattr(config, name)) is not None and not 0 <= value <= 1:
             raise DataError(f"--{name} {value}: must be between 0 and 1")
     if config.loss_type not in ("grpo", "dapo", "dr_grpo"):
         raise DataError(f"--loss_type {config.loss_type}: must be grpo, dapo or dr_grpo")
-    return config
+    if config.method not in METHODS:
+        raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
+    reward = config.reward or config.method
+    if reward not in REWARDS:
+        raise DataError(f"--reward {reward}: must be one of {', '.join(REWARDS)}")
+    talks = METHODS[config.method].template
+    needs = {"sem": talks.draft, "research": talks.boxed, "ssrl": talks.own_results}
+    if not needs.get(reward.partition("_")[0], True):
+        raise DataError(f"--reward {reward}: it does not fit what --method {config.method} writes")
+    if METHODS[config.method].simulated and config.retriever and not config.simulator:
+        raise DataError(f"--method {config.method}: give --simulator, or --corpus in place of --retriever")
+    return replace(config, reward=reward)
 
 
 def main(config: Config, given: set[str]) -> int:

@@ -8,6 +8,9 @@ result: "the home of the friend of N". Sums are known too and never appear in th
 The base model is trained from scratch on transcripts with poor search habits: it searches most of what it
 does not know, and more than half of what it knows.
 
+A method that talks differently (`--method`) gets a base model of its own, trained on the same facts in that
+dialect. Every base model also learns to answer without a tool, so that what it knows can be asked.
+
 What comes out is a folder of ordinary files, and grpo.py treats it as it treats a 7B model and Wikipedia:
 
     model/          a Llama model, 0.3 M parameters, with a word-level tokenizer and a chat template
@@ -35,7 +38,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config import fail, parse
-from data import SEM, DataError, Doc, Question, encode_result, render
+from data import DIRECT, DataError, Doc, Question, encode_result, render
+from reward import METHODS
 
 HOMES = "oslo lima cairo quito delhi paris tokyo rome accra seoul minsk tunis".split()
 COLOURS = "red blue green black white pink grey gold brown teal amber ivory".split()
@@ -44,9 +48,10 @@ KNOWN_TRAIN, KNOWN_HELDOUT, UNKNOWN_TRAIN, UNKNOWN_TEST = 64, 32, 64, 32  # how 
 
 PAD = 0  # id of <pad>
 
-CHAT_TEMPLATE = (  # the system prompt would only be words that this model has never seen
+CHAT_TEMPLATE = (  # of a system prompt one token is left: whether there is a search tool
     "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "<user> {{ message['content'] }} <assistant>{% endif %}{% endfor %}"
+    "<user> {{ message['content'] }} <assistant>{% elif '<search>' in message['content'] %}<tool> {% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -55,6 +60,7 @@ class Config:
     """Builds the toy world: data, corpus, tokenizer and a base model trained from scratch."""
 
     output_dir: str = "out/toy-world"  # where the world is written
+    method: str = "sem"  # the dialect of its transcripts: sem, ssrl, search-r1 or research
     seed: int = 0  # names, facts, transcripts and weights
     steps: int = 800  # training steps of the base model; reading is learned in one jump, so train past it
     batch_size: int = 64  # transcripts a step
@@ -63,6 +69,7 @@ class Config:
     layers: int = 3  # depth: copying from a result takes two layers, comparing names one more
     search_known: float = 0.6  # share of known and of arithmetic transcripts that search all the same
     search_unknown: float = 0.85  # share of unknown transcripts that search
+    closed_book: float = 0.1  # share of transcripts without a tool: question, answer
 
 
 @dataclass
@@ -138,15 +145,17 @@ def splits(world: World) -> dict[str, list[Question]]:
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Words and tags are tokens. Everything else, a system prompt say, is <unk>."""
+    """Words and tags are tokens. Everything else, a message of the environment say, is <unk>."""
     words = "what is the of home colour friend plus No results . ? :".split() + [str(i) for i in range(19)]
-    tags = [f"<{slash}{tag}>" for tag in SEM.tags for slash in ("", "/")]
+    names = dict.fromkeys(tag for method in METHODS.values() for tag in method.template.tags)
+    tags = [f"<{slash}{tag}>" for tag in names for slash in ("", "/")] + ["\\boxed{", "}"]
     words = [
         "<pad>",
         "<eos>",
         "<unk>",
         "<user>",
         "<assistant>",
+        "<tool>",
         *tags,
         *words,
         *HOMES,
@@ -158,7 +167,7 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\s+"), "removed"),
-            pre_tokenizers.Split(Regex(r"</?\w+>|\w+|[^\w\s]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"</?\w+>|\\boxed\{|\w+|[^\w\s]"), "isolated"),
         ]
     )
     return PreTrainedTokenizerFast(
@@ -207,13 +216,17 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
     def own(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    ids = render(SEM, Question("", question, [], ""), tokenizer) + own(
-        f"<think> {thought} </think> <answer> {draft} </answer>"
-    )
+    talks, asked = METHODS[config.method].template, Question("", question, [], "")
+    if rng.random() < config.closed_book:
+        return [*render(DIRECT, asked, tokenizer), *own(draft), tokenizer.eos_token_id]
+    form = "<answer> \\boxed{{ {} }} </answer>" if talks.boxed else "<answer> {} </answer>"
+    ids = render(talks, asked, tokenizer) + own(f"<think> {thought} </think>")
+    if talks.draft or not searched:
+        ids += own(form.format(draft))
     if searched:
         for query, docs in turns:
-            ids += own(f"<search> {query} </search>") + encode_result(docs, tokenizer, SEM)
-        ids += own(f"<think> {turns[-1][0]} is {value} </think> <answer> {value} </answer>")
+            ids += own(f"<search> {query} </search>") + encode_result(docs, tokenizer, talks)
+        ids += own(f"<think> {turns[-1][0]} is {value} </think> {form.format(value)}")
     return [*ids, tokenizer.eos_token_id]
 
 
@@ -275,28 +288,26 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def exam(model, world: World, tokenizer, rows: int = 200) -> tuple[float, float]:
-    """(recall, reading) of the base model: the share of right drafts on known people, and of right final
-    answers behind a result.
+def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[float, float]:
+    """(recall, reading) of the base model: the share of right answers about known people without a search,
+    and about the others behind a result.
 
     RL sharpens what a model can do; a base model that recalls or reads badly would make the table say nothing
-    about SEM."""
-    rng, config = random.Random("exam"), Config(search_known=1.0, search_unknown=1.0)
+    about the method."""
+    rng, config = random.Random("exam"), Config(method=method, search_known=0.0, search_unknown=1.0)
     texts = [transcript(world, rng, config, tokenizer) for _ in range(rows)]
-    guess = (
-        model(input_ids=padded(texts)).logits.argmax(-1).tolist()
-    )  # [rows, width]: what the model would say next
-    answer, known = (
-        tokenizer.convert_tokens_to_ids("<answer>"),
-        set(tokenizer.convert_tokens_to_ids(world.known)),
+    guess = model(input_ids=padded(texts)).logits.argmax(-1).tolist()  # [rows, width]: what it would say next
+    known, search, values = (
+        set(tokenizer.convert_tokens_to_ids(words)) for words in (world.known, ["<search>"], HOMES + COLOURS)
     )
-    drafts, finals = [], []
+    recalled, read = [], []
     for text, said in zip(texts, guess, strict=True):
-        first, *_, last = (i for i, token in enumerate(text) if token == answer)
-        finals.append(said[last] == text[last + 1])
-        if known & set(text[:first]):
-            drafts.append(said[first] == text[first + 1])
-    return sum(drafts) / len(drafts), sum(finals) / len(finals)
+        at = max((i for i, token in enumerate(text) if token in values), default=0)  # the final answer
+        if known & set(text):
+            recalled.append(said[at - 1] == text[at])
+        elif search & set(text) and at:
+            read.append(said[at - 1] == text[at])
+    return sum(recalled) / len(recalled), sum(read) / len(read)
 
 
 def build(config: Config) -> Path:
@@ -307,10 +318,12 @@ def build(config: Config) -> Path:
     stamp = out / "world.json"  # written last: where it stands, the rest is complete
     if stamp.exists() and stamp.read_text() == settings:
         return out
+    if config.method not in METHODS:
+        raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
     model = train_base(world, config, tokenizer)
-    recall, reading = exam(model, world, tokenizer)
+    recall, reading = exam(model, world, tokenizer, config.method)
     print(f"toy base model: recall {recall:.2f}, reading {reading:.2f}")
     if recall < 0.97 or reading < 0.95:
         raise DataError(f"the toy base model needs more than {config.steps} steps: recall 0.97, reading 0.95")
