@@ -96,7 +96,7 @@ def lively(monkeypatch):
         parts = {"f": 1.0, "s": float(episode.searches > 0), "t": 1.0, "u": 0.0, "f1_a1": 0.0, "f1_a2": 0.0}
         return {"reward": sum(i % 2 for i in episode.ids) % 3 / 2, **parts}
 
-    monkeypatch.setattr(grpo, "sem", reward)
+    monkeypatch.setitem(grpo.REWARDS, "sem", reward)
 
 
 # ------------------------------------------------------------------------------------------------------------
