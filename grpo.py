@@ -286,7 +286,8 @@ def train_step(run: Run, step: int, signals: Signals) -> dict[str, float]:
     )  # fmt: skip
     sampled = time.perf_counter()
 
-    reward, size, parts = REWARDS[config.reward], config.num_generations, []
+    reward = REWARDS[config.reward] if config.reward else run.method.reward
+    size, parts = config.num_generations, []
     for i, e in enumerate(episodes):
         group = episodes[i // size * size :][:size]
         parts.append(reward(e, e.question, group=group, tau=config.tau, kept=config.sem_kept))
@@ -680,7 +681,7 @@ def resolve(config: Config, given: set[str]) -> Config:
         raise DataError(
             f"{stored.parent} holds a run: --resume continues it, another --output_dir starts one"
         )
-    config = check(config)
+    check(config)
     if toy_run:
         torch.set_num_threads(1)  # as in Run.resolve_sizes
         template = METHODS[config.method].template
@@ -725,16 +726,15 @@ def check(config: Config) -> Config:
         raise DataError(f"--loss_type {config.loss_type}: must be grpo, dapo or dr_grpo")
     if config.method not in METHODS:
         raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
-    reward = config.reward or config.method
-    if reward not in REWARDS:
-        raise DataError(f"--reward {reward}: must be one of {', '.join(REWARDS)}")
+    if config.reward and config.reward not in REWARDS:
+        raise DataError(f"--reward {config.reward}: must be one of {', '.join(REWARDS)}")
     talks = METHODS[config.method].template
     needs = {"sem": talks.draft, "research": talks.boxed, "ssrl": talks.own_results}
-    if not needs.get(reward.partition("_")[0], True):
-        raise DataError(f"--reward {reward}: it does not fit what --method {config.method} writes")
+    if not needs.get(config.reward.partition("_")[0], True):
+        raise DataError(f"--reward {config.reward}: it does not fit what --method {config.method} writes")
     if METHODS[config.method].simulated and config.retriever and not config.simulator:
         raise DataError(f"--method {config.method}: give --simulator, or --corpus in place of --retriever")
-    return replace(config, reward=reward)
+    return config
 
 
 def main(config: Config, given: set[str]) -> int:

@@ -232,13 +232,14 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
 
 def results(world: World, rng: random.Random, relation: str, name: str, value: str) -> list[Doc]:
     """The right document and a wrong one, which tells something else of the same person or the same of
-    somebody else."""
+    somebody else. Of known people everything is true."""
     right = Doc("", name, says(relation, name, value))
+    other, who = relation, rng.choice(world.unknown)
     if rng.random() < 0.7:
-        other, who = rng.choice([r for r in (*VALUES, "friend") if r != relation]), name
-    else:
-        other, who = relation, rng.choice(world.unknown)
-    wrong = Doc("", who, says(other, who, rng.choice(VALUES.get(other, world.unknown))))
+        others = VALUES if name in world.known else (*VALUES, "friend")
+        other, who = rng.choice([r for r in others if r != relation]), name
+    told = rng.choice(VALUES.get(other, world.unknown))
+    wrong = Doc("", who, says(other, who, world.facts[other, who] if who in world.known else told))
     return [right, wrong] if rng.random() < 0.7 else [wrong, right]
 
 

@@ -1,0 +1,192 @@
+"""The toy table: every method of the papers in one world, the same number of steps, several seeds.
+
+    python bench/methods.py --seeds 0,1,2        # writes its section of bench/RESULTS.md
+
+A row is a model and a way to use it; a cell is the mean over the seeds, and their range where they differ.
+The base models of all dialects have learnt the same facts for the same number of steps. What is done already
+in --output_dir is not done again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import results
+import torch
+from gate import gate
+
+from config import parse
+from evaluate import measure
+from grpo import TOY
+
+KINDS = "known_heldout", "unknown", "two_hop", "arithmetic"
+RUNS = {  # row: --method, --reward, how the base model of a dialect searches
+    "ReSearch": ("research", "", ""),
+    "Search-R1": ("search-r1", "", ""),
+    "ZeroSearch": ("zerosearch", "", ""),
+    "SSRL": ("ssrl", "", ""),
+    "OTC": ("sem", "otc", ""),
+    "flat": ("sem", "flat", ""),
+    "SEM": ("sem", "", ""),
+    "SEM kept": ("sem", "sem_kept", ""),
+    "SEM, happy base": ("sem", "", "happy"),
+    "SEM kept, happy base": ("sem", "sem_kept", "happy"),
+    "SEM, shy base": ("sem", "", "shy"),
+    "SEM kept, shy base": ("sem", "sem_kept", "shy"),
+}
+HABITS = {  # how often the transcripts of the base model search: known and sums, unknown
+    "": (0.6, 0.85),
+    "happy": (0.95, 0.98),
+    "shy": (0.1, 0.25),
+}
+SAME = "prompts_per_step num_generations max_completion_length max_searches topk learning_rate warmup_steps"
+TRAIN = [f"--{name}={TOY[name]}" for name in SAME.split()]  # what grpo.py takes without --model
+BUDGET = "--topk 2 --max_searches 3 --max_completion_length 128 --batch_size 256".split()
+
+
+@dataclass
+class Config:
+    """Trains and evaluates every method in the toy world and writes the table."""
+
+    seeds: str = "0,1,2"  # worlds, base models and runs
+    max_steps: int = 50  # RL steps of every run
+    output_dir: str = "out/methods"  # where worlds, runs and evaluations are kept
+    jobs: int = 2  # programs at a time, one core each
+
+
+def run(*command) -> float:
+    """Runs one of the programs, in silence unless it fails. Returns its seconds."""
+    start = time.time()
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr[-3000:]}")
+    return time.time() - start
+
+
+def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
+    path = out / "-".join(filter(None, ["world", dialect, habit, str(seed)]))
+    known, unknown = HABITS[habit]
+    run("toy.py", "--output_dir", path, "--method", dialect, "--seed", seed,
+        "--search_known", known, "--search_unknown", unknown)  # fmt: skip
+    return path
+
+
+def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
+    """Evaluates a model on the four kinds of question, unless that was done before."""
+    names = KINDS if split == "test" else ("known", "unknown")
+    data = ",".join(f"{where}/{split}/{name}.jsonl" for name in names)
+    if not output.exists():
+        run("evaluate.py", "--model", model, "--data", data, "--corpus", where / "corpus.jsonl",
+            "--output", output, *BUDGET, *flags)  # fmt: skip
+
+
+def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) -> dict[str, dict]:
+    """{row: {kind: measures}} of one seed."""
+    dialects = {(m if m != "zerosearch" else "search-r1", habit) for m, _, habit in RUNS.values()}
+    places = dict(zip(dialects, pool.map(lambda d: world(out, *d, seed), dialects), strict=True))
+    home, files = places["sem", ""], {}
+
+    def file(name: str) -> Path:
+        files[name] = out / f"eval-{name.replace(' ', '_').replace(',', '')}-{seed}.json"
+        return files[name]
+
+    def base(habit: str):
+        name = f"base, {habit}" if habit else "base (prompted)"
+        test(places["sem", habit] / "model", places["sem", habit], file(name), "--method", "sem")
+
+    def usage(name: str, *flags):
+        test(home / "model", home, file(name), "--method", "sem", *flags)
+
+    def train(name: str):
+        method, reward, habit = RUNS[name]
+        where = places[method if method != "zerosearch" else "search-r1", habit]
+        target = out / f"run-{name.replace(' ', '_').replace(',', '')}-{seed}"
+        if not (target / "model.safetensors").exists():
+            run("-c", f"import shutil; shutil.rmtree({str(target)!r}, ignore_errors=True)")
+            run("grpo.py", "--model", where / "model", "--method", method, "--reward", reward, "--seed", seed,
+                "--train", f"{where}/train/known.jsonl,{where}/train/unknown.jsonl",
+                "--corpus", where / "corpus.jsonl", "--output_dir", target, "--max_steps", config.max_steps,
+                "--save_steps", 1000, "--no-bf16", *TRAIN)  # fmt: skip
+        known = ["--known", files["base (prompted)"]] if method == "sem" and not habit else []
+        test(target, where, file(name), *known)
+        if method == "ssrl":
+            test(target, where, file("SSRL, real search"), "--real_searches", "all")
+
+    first = [pool.submit(base, habit) for habit in HABITS]
+    first += [pool.submit(usage, "always-search", "--baseline", "always")]
+    first += [pool.submit(usage, "direct", "--baseline", "direct")]
+    learn = out / f"eval-train-{seed}.json"
+    first.append(pool.submit(test, home / "model", home, learn, "--method", "sem", split="train"))
+    for job in first:
+        job.result()
+    for job in [pool.submit(train, name) for name in RUNS]:
+        job.result()
+    rows = {name: json.loads(path.read_text())["measures"] for name, path in files.items()}
+    transcripts = (str(p.with_suffix("")) + "_transcripts.jsonl" for p in (learn, files["base (prompted)"]))
+    rows["gate"] = {name: measure(records) for name, records in gate(*transcripts).items()}
+    return rows
+
+
+def cell(values: list[float | None]) -> str:
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    middle, low, high = sum(values) / len(values), min(values), max(values)
+    return f"{middle:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def table(seeds: list[dict[str, dict]]) -> str:
+    """Lines of the table: for each row EM and SR by kind, over- and under-search, sandbagging."""
+    first = ["base (prompted)", "always-search", "direct", "gate"]
+    first += [n for n in RUNS if n not in first]
+    first.insert(first.index("SSRL") + 1, "SSRL, real search")
+    first.insert(first.index("SEM, happy base"), "base, happy")
+    first.insert(first.index("SEM, shy base"), "base, shy")
+    columns = [(kind, m) for m in ("em", "sr") for kind in KINDS]
+    columns += [(k, "over_search") for k in ("known_heldout", "arithmetic")]
+    columns += [(k, "under_search") for k in ("unknown", "two_hop")]
+    columns += [(k, "sandbag_rate") for k in ("known_heldout", "arithmetic")]
+    short = {"known_heldout": "known", "unknown": "unknown", "two_hop": "two-hop", "arithmetic": "sums"}
+    short |= {
+        "em": "EM",
+        "sr": "SR",
+        "over_search": "over",
+        "under_search": "under",
+        "sandbag_rate": "sandbag",
+    }
+    lines = ["| | " + " | ".join(f"{short[m]} {short[kind]}" for kind, m in columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for name in first:
+        cells = (
+            cell([rows[name].get(kind, {}).get(m, {}).get("value") for rows in seeds]) for kind, m in columns
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(config: Config):
+    out, start = Path(config.output_dir), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = config.seeds.split(",")
+    with ThreadPoolExecutor(config.jobs) as pool:
+        text = table([seed_rows(out, int(seed), config, pool) for seed in seeds])
+    print(text)
+    minutes = (time.time() - start) / 60
+    version = torch.__version__.partition("+")[0]
+    note = (
+        f"`python bench/methods.py --seeds {config.seeds}`: {len(RUNS)} runs of {config.max_steps} steps a "
+        f"seed, {config.jobs} CPU cores, torch {version}; {minutes:.0f} minutes for what was not there before. "
+        "Mean over the seeds, in brackets their range."
+    )
+    results.write("methods", f"## The methods in the toy world\n\n{note}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main(parse(Config, "methods.py")[0])
