@@ -182,7 +182,7 @@ def main(config: Config):
     version = torch.__version__.partition("+")[0]
     note = (
         f"`python bench/methods.py --seeds {config.seeds}`: {len(RUNS)} runs of {config.max_steps} steps a "
-        f"seed, {config.jobs} CPU cores, torch {version}; {minutes:.0f} minutes for what was not there before. "
+        f"seed, {config.jobs} CPU cores, torch {version}; {minutes:.0f} minutes for what is new. "
         "Mean over the seeds, in brackets their range."
     )
     results.write("methods", f"## The methods in the toy world\n\n{note}\n\n{text}")

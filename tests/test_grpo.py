@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def lively(monkeypatch):
         parts = {"f": 1.0, "s": float(episode.searches > 0), "t": 1.0, "u": 0.0, "f1_a1": 0.0, "f1_a2": 0.0}
         return {"reward": sum(i % 2 for i in episode.ids) % 3 / 2, **parts}
 
-    monkeypatch.setitem(grpo.REWARDS, "sem", reward)
+    monkeypatch.setitem(grpo.METHODS, "sem", replace(grpo.METHODS["sem"], reward=reward))
 
 
 # ------------------------------------------------------------------------------------------------------------
