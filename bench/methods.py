@@ -1,6 +1,6 @@
 """The toy table: every method of the papers in one world, the same number of steps, several seeds.
 
-    python bench/methods.py --seeds 0,1,2        # writes its section of bench/RESULTS.md
+    python bench/methods.py --seeds 0,1,2        # writes its section of README.md
 
 A row is a model and a way to use it; a cell is the mean over the seeds, and their range where they differ.
 The base models of all dialects have learnt the same facts for the same number of steps. What is done already
@@ -9,6 +9,7 @@ in --output_dir is not done again.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import results
 import torch
 from gate import gate
@@ -60,14 +62,13 @@ class Config:
     jobs: int = 2  # programs at a time, one core each
 
 
-def run(*command) -> float:
-    """Runs one of the programs, in silence unless it fails. Returns its seconds."""
-    start = time.time()
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+def run(*command):
+    """Runs one of the programs on one core, in silence unless it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr[-3000:]}")
-    return time.time() - start
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 
 
 def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
@@ -94,7 +95,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
     home, files = places["sem", ""], {}
 
     def file(name: str) -> Path:
-        files[name] = out / f"eval-{name.replace(' ', '_').replace(',', '')}-{seed}.json"
+        files[name] = out / f"eval {name} {seed}.json"
         return files[name]
 
     def base(habit: str):
@@ -107,22 +108,21 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
     def train(name: str):
         method, reward, habit = RUNS[name]
         where = places[method if method != "zerosearch" else "search-r1", habit]
-        target = out / f"run-{name.replace(' ', '_').replace(',', '')}-{seed}"
+        target = out / f"run {name} {seed}"
         if not (target / "model.safetensors").exists():
-            run("-c", f"import shutil; shutil.rmtree({str(target)!r}, ignore_errors=True)")
+            shutil.rmtree(target, ignore_errors=True)
             run("grpo.py", "--model", where / "model", "--method", method, "--reward", reward, "--seed", seed,
                 "--train", f"{where}/train/known.jsonl,{where}/train/unknown.jsonl",
                 "--corpus", where / "corpus.jsonl", "--output_dir", target, "--max_steps", config.max_steps,
                 "--save_steps", 1000, "--no-bf16", *TRAIN)  # fmt: skip
-        known = ["--known", files["base (prompted)"]] if method == "sem" and not habit else []
-        test(target, where, file(name), *known)
+        test(target, where, file(name))
         if method == "ssrl":
             test(target, where, file("SSRL, real search"), "--real_searches", "all")
 
     first = [pool.submit(base, habit) for habit in HABITS]
     first += [pool.submit(usage, "always-search", "--baseline", "always")]
     first += [pool.submit(usage, "direct", "--baseline", "direct")]
-    learn = out / f"eval-train-{seed}.json"
+    learn = out / f"eval train {seed}.json"
     first.append(pool.submit(test, home / "model", home, learn, "--method", "sem", split="train"))
     for job in first:
         job.result()
@@ -142,41 +142,39 @@ def cell(values: list[float | None]) -> str:
     return f"{middle:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def table(seeds: list[dict[str, dict]]) -> str:
-    """Lines of the table: for each row EM and SR by kind, over- and under-search, sandbagging."""
-    first = ["base (prompted)", "always-search", "direct", "gate"]
-    first += [n for n in RUNS if n not in first]
-    first.insert(first.index("SSRL") + 1, "SSRL, real search")
-    first.insert(first.index("SEM, happy base"), "base, happy")
-    first.insert(first.index("SEM, shy base"), "base, shy")
-    columns = [(kind, m) for m in ("em", "sr") for kind in KINDS]
-    columns += [(k, "over_search") for k in ("known_heldout", "arithmetic")]
-    columns += [(k, "under_search") for k in ("unknown", "two_hop")]
-    columns += [(k, "sandbag_rate") for k in ("known_heldout", "arithmetic")]
-    short = {"known_heldout": "known", "unknown": "unknown", "two_hop": "two-hop", "arithmetic": "sums"}
-    short |= {
-        "em": "EM",
-        "sr": "SR",
-        "over_search": "over",
-        "under_search": "under",
-        "sandbag_rate": "sandbag",
-    }
-    lines = ["| | " + " | ".join(f"{short[m]} {short[kind]}" for kind, m in columns) + " |"]
+FIRST = {  # columns of the two tables: measure, kinds of question
+    "em": KINDS,
+    "sr": KINDS,
+}
+SECOND = {
+    "over_search": ("known_heldout", "arithmetic"),
+    "under_search": ("unknown", "two_hop"),
+    "sandbag_rate": ("known_heldout", "arithmetic"),
+}
+
+
+def table(seeds: list[dict[str, dict]], measures: dict[str, tuple]) -> str:
+    """The rows of all seeds as a markdown table with a column for each measure and kind of question."""
+    names = ["base (prompted)", "always-search", "direct", "gate", *RUNS]
+    names.insert(names.index("SSRL") + 1, "SSRL, real search")
+    for habit in ("happy", "shy"):
+        names.insert(names.index(f"SEM, {habit} base"), f"base, {habit}")
+    columns = [(kind, measure) for measure, kinds in measures.items() for kind in kinds]
+    lines = ["| | " + " | ".join(f"{measure}: {kind}" for kind, measure in columns) + " |"]
     lines.append("| --- |" + " ---: |" * len(columns))
-    for name in first:
-        cells = (
-            cell([rows[name].get(kind, {}).get(m, {}).get("value") for rows in seeds]) for kind, m in columns
-        )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in names:
+        values = ([rows[name].get(k, {}).get(m, {}).get("value") for rows in seeds] for k, m in columns)
+        lines.append(f"| {name} | {' | '.join(map(cell, values))} |")
     return "\n".join(lines)
 
 
 def main(config: Config):
-    out, start = Path(config.output_dir), time.time()
+    out, start = Path(config.output_dir).absolute(), time.time()
     out.mkdir(parents=True, exist_ok=True)
     seeds = config.seeds.split(",")
     with ThreadPoolExecutor(config.jobs) as pool:
-        text = table([seed_rows(out, int(seed), config, pool) for seed in seeds])
+        rows = [seed_rows(out, int(seed), config, pool) for seed in seeds]
+    text = table(rows, FIRST) + "\n\n" + table(rows, SECOND)
     print(text)
     minutes = (time.time() - start) / 60
     version = torch.__version__.partition("+")[0]
@@ -185,7 +183,7 @@ def main(config: Config):
         f"seed, {config.jobs} CPU cores, torch {version}; {minutes:.0f} minutes for what is new. "
         "Mean over the seeds, in brackets their range."
     )
-    results.write("methods", f"## The methods in the toy world\n\n{note}\n\n{text}")
+    results.write("methods", f"{text}\n\n{note}", ROOT / "README.md")
 
 
 if __name__ == "__main__":
