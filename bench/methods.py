@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import results
 import torch
 from gate import gate
@@ -27,6 +26,7 @@ from config import parse
 from evaluate import measure
 from grpo import TOY
 
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = "known_heldout", "unknown", "two_hop", "arithmetic"
 RUNS = {  # row: --method, --reward, how the base model of a dialect searches
     "ReSearch": ("research", "", ""),
