@@ -446,7 +446,7 @@ class Sampler:
         Uncertainty is the mean of -p log2 p over the tokens of the query and its tags, p the probability of
         the sampled token."""
         opened, n = f"<{self.template.search}>", 1
-        while opened not in decode(self.tokenizer, row.sampled[-n:]):
+        while n < len(row.sampled) and opened not in decode(self.tokenizer, row.sampled[-n:]):
             n += 1
         bits = [-math.exp(logp) * logp / math.log(2) for logp in row.episode.logps[-n:]]
         before, row.uncertainty = row.uncertainty, sum(bits) / n
