@@ -250,7 +250,7 @@ def evaluate(
 
         passes = {"normal": sample("normal", template, retriever, force_search=force)}
         if closed_book:
-            passes["known"] = sample("closed-book", DIRECT, None)
+            passes["known"] = passes["normal"] if template == DIRECT else sample("closed-book", DIRECT, None)
         if closed_book and retriever is not None and not template.raw:
             passes["forced"] = sample("forced", template, retriever, force_search=True, rising=False)
         if samples:

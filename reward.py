@@ -209,7 +209,9 @@ def parse_episode(episode: Episode) -> Parse:
     elif t.boxed:
         parse.answer = unbox(final or "")
     elif t.raw:
-        parse.answer = model_text(episode).strip() or None
+        parse.answer = (
+            final or model_text(episode).strip() or None
+        )  # a trained policy may use its tags anyway
     return parse
 
 
