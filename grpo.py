@@ -114,7 +114,7 @@ TOY = {  # other defaults where the world is small; everything else is as above
     "max_searches": 3,
     "topk": 2,
     "max_steps": 50,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-4,
     "warmup_steps": 5,
     "bf16": False,
 }
