@@ -736,6 +736,8 @@ def test_titles_of_articles_and_punctuation_match_only_themselves(title, source)
     others = {"A", "The", "An", "The The", "!!!", "?", "...", "", " "} - {title.strip(".")}
     question = gold(title, source=source)
     assert exact_match(title.lower(), question) == f1(title.upper(), question) == 1
+    if title[0].isalpha():
+        assert exact_match(f"'{title}'!", question) == f1(title.strip("."), question) == 1
     assert all(exact_match(other, question) == 0 for other in others)
     assert all(f1(other, question) == 0 for other in others if not {other, title} <= {"The", "The The"})
 
