@@ -46,14 +46,17 @@ from rollout import Episode
 #
 # The official rules of the data sets, and where we leave them:
 #
-#   HotpotQA, 2WikiMultihopQA   SQuAD's normaliser; F1 is 0 where yes, no or noanswer meets anything else
-#   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, the best over all golds
-#   TriviaQA                    the same, but punctuation, and ` ' ' and _, becomes a blank
+#   HotpotQA, 2WikiMultihopQA   SQuAD's normaliser; F1 is 0 where yes, no or noanswer meets anything else.
+#                               2Wiki's script also takes aliases, from a file that we do not read
+#   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, the best over all golds. NQ's script takes accents apart
+#                               first (NFD); here an accent in two characters differs from one in one
+#   TriviaQA                    the same, but punctuation, and ‘ ’ and ´, becomes a blank
 #   GSM8K                       the number, without commas, compared as text; officially what follows ####,
 #                               here the only number of the answer. F1 is EM
 #   MMLU                        the letter; an option written out counts as its letter. F1 is EM
 #   PopQA                       its paper counts an answer that contains a gold; here EM, as in Search-R1
-#   every set                   a text of articles only keeps them, and "The", "A" and "" stay apart
+#   every set                   a text that it would leave nothing of keeps its articles, else its
+#                               punctuation: "The", "A", "!!!" match only themselves, and "" nothing
 
 
 def normalise(text: str, blanks: bool = False) -> str:
@@ -192,10 +195,11 @@ def parse_episode(episode: Episode) -> Parse:
             elif pieces[at + 2 : at + 3] == [f"</{kind}>"] and (kind != t.result or t.own_results):
                 body = pieces[at + 1].strip()
                 shape += letters[kind] if body else "!"
-                if body and kind == t.answer:
-                    first = body if first is None and "S" not in shape and "R" not in shape else first
-                    last = body if "R" in shape else None
-                    final = body
+                if kind == t.answer:
+                    final = body or None
+                    if body:
+                        first = body if first is None and "S" not in shape and "R" not in shape else first
+                        last = body if "R" in shape else None
                 elif kind == t.result:
                     last = None
                 at += 2
@@ -217,6 +221,13 @@ def parse_episode(episode: Episode) -> Parse:
 
 def model_text(episode: Episode) -> str:
     return "".join(s.text for s in episode.segments if s.kind == "model")
+
+
+def outline(episode: Episode) -> str:
+    """What a format is read from: the policy's text, a dummy for every result, no messages."""
+    t = episode.template
+    dummy = {"env": f"<{t.result}>found</{t.result}>", "retry": ""}
+    return "".join(dummy.get(s.kind, s.text) for s in episode.segments)
 
 
 def unbox(text: str) -> str | None:
@@ -285,12 +296,12 @@ def zerosearch(episode: Episode, question: Question, **_) -> dict[str, float]:
 
 def research(episode: Episode, question: Question, *, paper: bool = False, **_) -> dict[str, float]:
     """The rule of ReSearch's code: 0 for a broken format, a missing end or a missing box, else F1, at least
-    0.1.
+    0.1. (There an empty box earns 0.1 too; here it is none.)
 
     `paper`: eq. 2 of arXiv 2503.19470, where F1 > 0 is paid in a broken format too. Sound are: as many
     <think> as </think>, one at least; one <answer>, with a box; behind every search its result."""
     t, p = episode.template, parse_episode(episode)
-    text = "".join(f"<{t.result}></{t.result}>" if s.kind == "env" else s.text for s in episode.segments)
+    text = outline(episode)
     turns = re.findall(rf"</?(?:{t.search}|{t.result})>", text)
     once = [f"<{t.search}>", f"</{t.search}>", f"<{t.result}>", f"</{t.result}>"]
     sound = text.count(f"<{t.think}>") == text.count(f"</{t.think}>") >= 1
@@ -307,7 +318,7 @@ def research_paper(episode: Episode, question: Question, **options) -> dict[str,
 
 def ssrl(episode: Episode, question: Question, **_) -> dict[str, float]:
     """0.9 EM + 0.1 format (SSRL's code, arXiv 2508.10874), in [0, 1]."""
-    em, shape = exact_match(parse_episode(episode).answer, question), ssrl_format(model_text(episode))
+    em, shape = exact_match(parse_episode(episode).answer, question), ssrl_format(outline(episode))
     return {"reward": 0.9 * em + 0.1 * shape, "em": em, "f": shape}
 
 

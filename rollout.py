@@ -424,9 +424,12 @@ class Sampler:
     def ask(self, row: Row):
         """The row has just closed a search tag."""
         t = self.template
-        before = decode(self.tokenizer, row.sampled).rpartition(f"</{t.search}>")[0]
+        closed = f"</{t.search}>"
+        before = decode(self.tokenizer, row.sampled).rpartition(closed)[0]
+        _, earlier, before = before.rpartition(closed)  # a query that the model was left to answer is over
         _, opened, query = before.rpartition(f"<{t.search}>")
-        if row.episode.segments and row.episode.segments[-1].kind == "forced" and not opened:
+        segments = row.episode.segments
+        if segments and segments[-1].kind == "forced" and not opened and not earlier:
             opened = query = before
         query = query.strip() if opened else ""
         over = self.retriever is None or row.turns >= self.max_searches
@@ -445,7 +448,7 @@ class Sampler:
 
         Uncertainty is the mean of -p log2 p over the tokens of the query and its tags, p the probability of
         the sampled token."""
-        opened, n = f"<{self.template.search}>", 1
+        opened, n = f"<{self.template.search}>", 1  # a forced one is not among what was sampled
         while n < len(row.sampled) and opened not in decode(self.tokenizer, row.sampled[-n:]):
             n += 1
         bits = [-math.exp(logp) * logp / math.log(2) for logp in row.episode.logps[-n:]]

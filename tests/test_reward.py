@@ -4,11 +4,12 @@ Every case of SEM's reward as a table, the structure behind it, any text at all,
 answer matching against SQuAD's rule written a second time.
 """
 
+import copy
 import math
 import os
 import re
 import time
-from collections import Counter
+import unicodedata
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -19,8 +20,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import reward
-from data import SEM, Question, load
-from reward import REWARDS, exact_match, f1, letter, normalise, parse_episode, sandbag_suspects, sem
+from data import RESEARCH, SEARCH_R1, SEM, Question, load
+from reward import METHODS, REWARDS, exact_match, f1, letter, normalise, parse_episode, sandbag_suspects, sem
 from rollout import Episode, Segment
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
@@ -422,8 +423,8 @@ def test_stuffing_costs(text):
 # answer matching
 
 
-def gold(*answers):
-    return Question("1", "?", list(answers), "s")
+def gold(*answers, source="s"):
+    return Question("1", "?", list(answers), source)
 
 
 @pytest.mark.parametrize(
@@ -481,13 +482,6 @@ def test_normalise(text, expected):
         (" ", [" "], 0, 0),
         ("yes", ["Yes."], 1, 1),
         ("yes", ["no"], 0, 0),
-        ("yes it is", ["yes"], 0, 0),
-        ("yes", ["yes it is"], 0, 0),
-        ("yes", ["no", "Yes"], 1, 1),
-        ("yes or no", ["no", "yes"], 0, 0),
-        ("noanswer", ["noanswer given"], 0, 0),
-        ("noanswer", ["noanswer"], 1, 1),
-        ("no way", ["way"], 0, "2/3"),
         ("Paris", [], 0, 0),
         (None, ["Paris"], 0, 0),
     ],
@@ -495,6 +489,31 @@ def test_normalise(text, expected):
 def test_open_answers(text, answers, em, score):
     assert exact_match(text, gold(*answers)) == em
     assert f1(text, gold(*answers)) == pytest.approx(float(Fraction(score)))
+
+
+@pytest.mark.parametrize(
+    "text, answers, plain, strict",
+    [
+        ("yes it is", ["yes"], "1/2", 0),
+        ("yes", ["yes it is"], "1/2", 0),
+        ("Yes!", ["no", "the yes"], 1, 1),
+        ("yes", ["no", "yes sir"], "2/3", 0),
+        ("yes or no", ["no", "yes"], "1/2", 0),
+        ("noanswer", ["noanswer given"], "2/3", 0),
+        ("noanswer", ["noanswer"], 1, 1),
+        ("no way", ["way"], "2/3", "2/3"),
+        ("no way", ["no"], "2/3", 0),
+        ("no way", ["no", "no way"], 1, 1),
+    ],
+)
+def test_yes_and_no_match_only_themselves_where_the_data_set_says_so(text, answers, plain, strict):
+    plain, strict = float(Fraction(plain)), float(Fraction(strict))
+    for source in ("hotpotqa", "2wikimultihopqa"):
+        assert f1(text, gold(*answers, source=source)) == pytest.approx(strict)
+        assert f1(text, gold(*answers, source=source), yes_no=False) == pytest.approx(plain)
+    for source in ("musique", "nq", "triviaqa", "popqa", "bamboogle", "hotpotqa-like", "towers"):
+        assert f1(text, gold(*answers, source=source)) == pytest.approx(plain)
+        assert f1(text, gold(*answers, source=source), yes_no=True) == pytest.approx(strict)
 
 
 TEN = "Rome Paris Oslo Lima Cairo Quito Delhi Tokyo Accra Seoul".split()
@@ -554,42 +573,98 @@ def test_options_written_out(text, choices, name):
     assert letter(text, choices) == name
 
 
-# SQuAD's and HotpotQA's rule a second time, as their scripts have it.
+# The official rules a second time, as the scripts of the data sets have them.
+
+PUNCTUATION = r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~"""
 
 
-def plain(text):
-    text = text.lower().translate(dict.fromkeys(map(ord, r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~""")))
+def squad(text):
+    """SQuAD's normaliser; MuSiQue's, HotpotQA's and 2Wiki's are the same. The words that are left."""
+    text = text.lower().translate(dict.fromkeys(map(ord, PUNCTUATION)))
     return [word for word in re.split(r"\s+", re.sub(r"\b(?:the|an|a)\b", " ", text)) if word]
 
 
-def plain_f1(said, wanted):
-    if said != wanted and any(side in (["yes"], ["no"], ["noanswer"]) for side in (said, wanted)):
-        return 0.0
-    same = sum(min(count, wanted.count(word)) for word, count in Counter(said).items())
+def open_nq(text):
+    return squad(unicodedata.normalize("NFD", text))
+
+
+def trivia(text):
+    text = text.replace("_", " ").lower().translate(dict.fromkeys(map(ord, PUNCTUATION + "‘’´`"), " "))
+    return squad(text)
+
+
+def overlap(said, wanted):
+    same = sum(min(said.count(word), wanted.count(word)) for word in set(said))
     if same == 0:
         return 0.0
     precision, recall = same / len(said), same / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 
-def agrees_with_the_plain_rule(text, answers):
-    said, wanted = plain(text), [plain(answer) for answer in answers]
-    if said and all(wanted):
-        assert exact_match(text, gold(*answers)) == (said in wanted), (text, answers)
-        score = max(plain_f1(said, w) for w in wanted)
-        assert f1(text, gold(*answers)) == pytest.approx(score), (text, answers)
+def musique_overlap(said, wanted):
+    return overlap(said, wanted) if said and wanted else float(said == wanted)
 
 
-WORDY = ["the", "A", "an", "Yes", "no", "noanswer", "Paris", "paris,", "x-y", "-", "’s", "Ünı", " "]
+def yes_no_overlap(said, wanted):
+    if said != wanted and any(side in (["yes"], ["no"], ["noanswer"]) for side in (said, wanted)):
+        return 0.0
+    return overlap(said, wanted)
+
+
+OFFICIAL = {  # data set: its normaliser, its F1 (NQ, PopQA and Bamboogle have none: SQuAD's)
+    "musique": (squad, musique_overlap),
+    "hotpotqa": (squad, yes_no_overlap),
+    "2wikimultihopqa": (squad, yes_no_overlap),
+    "nq": (open_nq, overlap),
+    "triviaqa": (trivia, overlap),
+    "popqa": (squad, overlap),
+    "bamboogle": (squad, overlap),
+    "s": (squad, overlap),
+}
+
+
+def official(text, question):
+    """(EM, F1) by the rule of the question's data set."""
+    if question.source == "gsm8k":  # the answer as the model would have to write it
+        found = re.search(r"#### (-?[0-9.,]+)", f"#### {text}")
+        em = found is not None and found[1].strip().replace(",", "") == question.answers[0]
+        return float(em), float(em)
+    if question.choices:
+        return float(text == question.answers[0]), float(text == question.answers[0])
+    words, score = OFFICIAL[question.source]
+    said, golds = words(text), [words(answer) for answer in question.answers]
+    return float(said in golds), max(score(said, wanted) for wanted in golds)
+
+
+def agrees_with_the_official_rule(text, question):
+    """Whether it could be compared: not where we deviate, since the rule leaves nothing of a text."""
+    if question.source in OFFICIAL:
+        words, _ = OFFICIAL[question.source]
+        if not all(words(side) for side in (text, *question.answers)):
+            return False
+    em, score = official(text, question)
+    assert exact_match(text, question) == em, (text, question)
+    assert f1(text, question) == pytest.approx(score), (text, question)
+    return True
+
+
+WORDY = ["the", "A", "an", "Yes", "no", "noanswer", "Paris", "paris,", "x-y", "-", "_", "’s", "Ünı", " "]
 phrases = st.lists(st.sampled_from(WORDY) | st.text(max_size=4), min_size=1, max_size=6).map(" ".join)
 
 
-@settings(max_examples=200, deadline=None)
-@given(phrases, st.lists(phrases, min_size=1, max_size=3))
-def test_any_phrase(text, answers):
-    agrees_with_the_plain_rule(text, answers)
-    assert exact_match(text, gold(text, *answers)) == f1(text, gold(text, *answers)) == bool(text.strip())
-    assert 0 <= exact_match(text, gold(*answers)) <= f1(text, gold(*answers)) <= 1
+@settings(max_examples=300, deadline=None)
+@given(phrases, st.lists(phrases, min_size=1, max_size=3), st.sampled_from(list(OFFICIAL)))
+@example("Yes", ["Yes Yes"], "hotpotqa")
+@example("Yes", ["Yes Yes"], "musique")
+@example("x-y’s", ["x y s"], "triviaqa")
+def test_any_phrase(text, answers, source):
+    if source == "nq":  # accents in two characters: by the official rule only those are as good as one
+        text, answers = unicodedata.normalize("NFD", text), [unicodedata.normalize("NFD", a) for a in answers]
+    agrees_with_the_official_rule(text, gold(*answers, source=source))
+    own = gold(text, *answers, source=source)
+    assert exact_match(text, own) == f1(text, own) == bool(text.strip())
+    other = gold(*answers, source=source)
+    assert 0 <= exact_match(text, other) <= f1(text, other) <= 1
 
 
 @settings(max_examples=150, deadline=None)
@@ -601,6 +676,70 @@ def test_any_option(text, choices):
         alone = sum(choice.strip() == other.strip() for other in choices) == 1
         if alone and not re.match(r"\s*\(?[A-Za-z]\)?([.:)]|\s*$)", choice) and choice.strip():
             assert letter(choice, choices) == chr(65 + i)
+
+
+@pytest.mark.parametrize(
+    "source, text, answers, em, score",
+    [
+        ("musique", "the United States", ["US", "United States of America"], 0, "2/3"),
+        ("musique", "USA", ["America", "U.S.A."], 1, 1),
+        ("musique", "1,200", ["1200 men"], 0, "2/3"),
+        ("nq", "Café de Flore", ["café de Flore"], 1, 1),
+        ("nq", "14 December 1972", ["14 December 1972 UTC", "December 1972"], 0, "6/7"),
+        ("hotpotqa", "Spider-Man", ["Spider Man"], 0, 0),
+        ("triviaqa", "Spider-Man", ["Spider Man"], 1, 1),
+        ("triviaqa", "Spider_Man", ["Spider’Man"], 1, 1),
+        ("triviaqa", "O´Neill`s", ["O‘Neill's"], 1, 1),
+        ("musique", "O´Neill", ["O’Neill"], 0, 0),
+        ("triviaqa", "U.S.A.", ["USA"], 0, 0),
+        ("triviaqa", "A-ha", ["Ha"], 1, 1),
+        ("musique", "A-ha", ["Ha"], 0, 0),
+        ("2wikimultihopqa", "12 May 1910", ["12 May 1901"], 0, "2/3"),
+        ("popqa", "the politician", ["politician", "political leader"], 1, 1),
+        ("bamboogle", "James A. Garfield", ["James Garfield"], 1, 1),
+        ("gsm8k", "1,234", ["1234"], 1, 1),
+        ("gsm8k", "-5", ["5"], 0, 0),
+        ("gsm8k", "5.0", ["5"], 0, 0),
+        ("gsm8k", "12,34", ["1234"], 1, 1),
+    ],
+)
+def test_the_rule_of_each_data_set(source, text, answers, em, score):
+    question = gold(*answers, source=source)
+    assert agrees_with_the_official_rule(text, question)
+    assert (exact_match(text, question), f1(text, question)) == (em, pytest.approx(float(Fraction(score))))
+
+
+@pytest.mark.parametrize(
+    "source, text, answers, theirs, ours",  # EM and F1
+    [
+        ("musique", "the", ["A"], (1, 1), (0, 0)),
+        ("hotpotqa", "The", ["The"], (1, 0), (1, 1)),
+        ("hotpotqa", "The", ["The The"], (1, 0), (0, 2 / 3)),
+        ("triviaqa", "?", ["!!!"], (1, 0), (0, 0)),
+        ("nq", "", ["The"], (1, 0), (0, 0)),
+        ("nq", "Caf\u00e9", ["Cafe\u0301"], (1, 1), (0, 0)),
+        ("gsm8k", "$18", ["18"], (0, 0), (1, 1)),
+        ("gsm8k", "18 dollars", ["18"], (1, 1), (1, 1)),
+        ("gsm8k", "18.", ["18"], (0, 0), (1, 1)),
+        ("gsm8k", "18 or 19", ["18"], (1, 1), (0, 0)),
+    ],
+)
+def test_where_we_leave_the_official_rules(source, text, answers, theirs, ours):
+    question = gold(*answers, source=source)
+    assert official(text, question) == pytest.approx(theirs)
+    assert (exact_match(text, question), f1(text, question)) == pytest.approx(ours)
+
+
+@pytest.mark.parametrize("source", OFFICIAL)
+@pytest.mark.parametrize("title", ["A", "The", "An", "The The", "A.", "!!!", "?"])
+def test_titles_of_articles_and_punctuation_match_only_themselves(title, source):
+    others = {"A", "The", "An", "The The", "!!!", "?", "...", "", " "} - {title.strip(".")}
+    question = gold(title, source=source)
+    assert exact_match(title.lower(), question) == f1(title.upper(), question) == 1
+    if title[0].isalpha():
+        assert exact_match(f"'{title}'!", question) == f1(title.strip("."), question) == 1
+    assert all(exact_match(other, question) == 0 for other in others)
+    assert all(f1(other, question) == 0 for other in others if not {other, title} <= {"The", "The The"})
 
 
 SETS = {
@@ -616,17 +755,44 @@ def real(name, folder):
     return load(f"{name}:{REAL / folder}", "test")
 
 
+def perturbed(answer, other):
+    """What a model may say for an answer, and what the rules tell apart or do not."""
+    yield from (f"The {answer}.", f"an {answer.upper()}!", f"  {answer}\n", f"“{answer}”", f"*{answer}*")
+    yield from (answer.replace(" ", "_"), answer.replace(" ", "-"), answer.replace("-", " "))
+    yield from (answer.replace("'", "’"), answer.replace("'", "`"), answer.replace(".", ""), answer + "'s")
+    yield from (answer.replace(",", ""), f"{answer}, 2", answer.replace("1", "one"), f"{answer} 1,000")
+    yield from (f"{answer} or {other}", " ".join(answer.split()[1:]), " ".join(answer.split()[::-1]), other)
+    yield from (unicodedata.normalize("NFKD", answer), answer.encode("ascii", "ignore").decode())
+    yield from ("yes", "No.", f"yes, {answer}", f"noanswer {answer}", "", answer[:-1], answer + answer)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_real_answers(name):
-    questions = real(name, SETS[name])
+    questions, compared = real(name, SETS[name]), 0
     for i, question in enumerate(questions):
-        answer, other = question.answers[0], questions[i - 1].answers[0]
-        assert exact_match(answer, question) == f1(answer, question) == 1
-        for alias in question.answers[1:]:
-            assert exact_match(alias, gold(alias)) == f1(alias, gold(alias)) == 1
-        tries = [f"The {answer}.", f"{answer} or {other}", " ".join(answer.split()[1:]), question.text, other]
-        for text in tries[i % 2 :: 2]:
-            agrees_with_the_plain_rule(text, question.answers[:20])
+        answer, other = question.answers[i % len(question.answers)], questions[i - 1].answers[0]
+        for alias in question.answers[:20]:
+            assert exact_match(alias, question) == f1(alias, question) == 1
+        if name == "gsm8k":
+            grouped = f"{int(answer):,}" if answer.isdecimal() else answer
+            tries = [answer, grouped, f"{answer}.0", f"{answer}0", f"-{answer}", answer[:-1], other]
+            tries = [text for text in tries if re.fullmatch(r"-?[0-9,]+(\.[0-9]+)?", text)]
+        else:
+            tries = [*perturbed(answer, other), question.text]
+        few = replace(question, answers=list({answer: 0} | dict.fromkeys(question.answers[:10])))
+        for text in tries[i % 3 :: 3]:
+            if name == "nq":  # accents, see above
+                text = unicodedata.normalize("NFC", text)
+            compared += agrees_with_the_official_rule(text, few)
+    assert compared > len(questions)
+
+
+def test_real_letters():
+    """By the letter the official rule and ours are one; by SQuAD's normaliser A would be nothing."""
+    for question in real("mmlu", "mmlu")[::8]:
+        for text in "ABCD":
+            assert agrees_with_the_official_rule(text, question)
+    assert squad("A") == []
 
 
 def test_real_options():
@@ -636,6 +802,447 @@ def test_real_options():
             assert letter(choice, question.choices) == name or not lone, (choice, question.choices)
             assert letter(f"{name}. {choice}", question.choices) == name
         assert sum(exact_match(name, question) for name in "ABCD") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what the methods pay, next to their published rules
+#
+# The rules are written here from the papers and the public code, as functions of what that code sees: one
+# text, with the results in it, and the prompt with its example before it where the code reads that too.
+
+EXAMPLE = "Write it inside <answer> and </answer>, for example <answer> Beijing </answer>. Question: .."
+
+
+def whole(e):
+    return "".join(segment.text for segment in e.segments)
+
+
+def last_answer(text, least=1):
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return found[-1].strip() if len(found) >= least else None
+
+
+def peer_em(text, question):
+    return float(text is not None and squad(text) in map(squad, question.answers))
+
+
+def peer_f1(text, question, score):
+    return 0.0 if text is None else max(score(squad(text), squad(gold)) for gold in question.answers)
+
+
+def peer_search_r1(e, question, group):
+    """arXiv 2503.09516: EM of the last <answer> of prompt and episode, two at least: the prompt has one."""
+    return peer_em(last_answer(EXAMPLE + whole(e), least=2), question)
+
+
+def peer_zerosearch(e, question, group):
+    """arXiv 2505.04588: F1 of the same, with no rule for yes and no."""
+    return peer_f1(last_answer(EXAMPLE + whole(e), least=2), question, overlap)
+
+
+def peer_ssrl(e, question, group):
+    """arXiv 2508.10874: nine parts EM of the last <answer>, one part format."""
+    text = whole(e).strip()
+    names = re.findall(r"<(/?\w+)>", text)
+    blocks = [
+        (kind, body)
+        for kind in ("think", "search", "information", "answer")
+        for body in re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+    ]
+    shown = {
+        "think": "your thoughts",
+        "search": "your query",
+        "information": "your information",
+        "answer": "your answer",
+    }
+    thoughts, searches = names.count("think"), names.count("search")
+    sound = (
+        all(name.strip("/") in shown for name in names)
+        and text.startswith("<think>")
+        and text.endswith("</answer>")
+        and len(names) >= 4
+        and all(body.strip() and shown[kind] not in body for kind, body in blocks)
+        and not any(kind == "search" and "\n" in body.strip() for kind, body in blocks)
+        and names[:2] == ["think", "/think"]
+        and names[-2:] == ["answer", "/answer"]
+        and " ".join(names).count("search /search information /information") == searches
+        and names.count("information") == searches
+        and thoughts <= 8
+    )
+    turns = searches + 1
+    shape = min(1, thoughts / 2) * min(thoughts, turns) / max(thoughts, turns) if sound else 0
+    return 0.9 * peer_em(last_answer(text), question) + 0.1 * shape
+
+
+def peer_research(e, question, group, paper=False):
+    """arXiv 2503.19470 and its code: F1 of what is boxed; 0.1 if that is 0 and the format is right; in a
+    wrong format 0 by the code, by the paper's equation only without a right answer."""
+    text, tags = whole(e), ["<search>", "</search>", "<result>", "</result>"]
+    answer = last_answer(text) if paper or text.count("<answer>") == text.count("</answer>") == 1 else None
+    calls = re.findall("|".join(tags), text)
+    sound = (
+        text.count("<think>") == text.count("</think>") > 0
+        and text.count("<answer>") == text.count("</answer>") == 1
+        and all(calls[i : i + 4] == tags for i, tag in enumerate(calls) if tag == tags[0])
+        and answer is not None
+        and "\\boxed{" in answer
+        and e.stop == "eos"
+    )
+    depth, boxed = 0, None
+    start = (answer or "").rfind("\\boxed{")
+    for end in range(start + 6, len(answer) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(answer[end], 0)
+        if depth == 0:
+            boxed = answer[start + 7 : end]
+            break
+    if boxed is None or not (sound or paper):
+        return 0.0
+    return peer_f1(boxed, question, yes_no_overlap) or 0.1 * sound
+
+
+def peer_research_paper(e, question, group):
+    return peer_research(e, question, group, paper=True)
+
+
+def peer_sem(e, question, group, kept=None):
+    """arXiv 2505.07903: the formula, term by term. Its code is not public, so of the episode only what the
+    policy wrote is read, by the grammar above."""
+    policy = "".join("\ue000" if s.kind == "env" else s.text for s in e.segments)
+    before, asked, _ = policy.partition("<search>")
+    answers = re.findall(r"<answer>(.*?)</answer>", policy.rpartition("\ue000")[2], re.DOTALL)
+    a1, a2 = last_answer(before.partition("</answer>")[0] + "</answer>"), answers[-1] if answers else None
+    first, last = peer_f1(a1, question, overlap), peer_f1(a2, question, overlap)
+    f = e.stop == "eos" and GRAMMAR.fullmatch(policy) is not None
+    s, t = bool(asked), policy.count("<think>") == policy.count("<answer>") == 1
+    u = s and policy.count("\ue000") == policy.count("<search>")
+    if kept is not None and first >= 0.5 and u:
+        return f * (1 - kept) * last
+    return f * (first >= 0.5 and not s and t) * first + f * (first < 0.5 and u) * last
+
+
+def peer_sem_kept(e, question, group):
+    return peer_sem(e, question, group, kept=0.1)
+
+
+def peer_otc(e, question, group):
+    """arXiv 2504.14870, as secondary sources have it, with c = 1."""
+    right = [other.searches for other in group if peer_em(last_answer(whole(other)), question)]
+    m, n = e.searches, min(right, default=0)
+    nearest = 2 * m * n / (m + n) if n else m
+    if m == n == 0:
+        tool = 1
+    else:
+        tool = math.sin(nearest * math.pi / (2 * n)) if n else math.cos(m * math.pi / (2 * m + 1))
+    return tool * peer_em(last_answer(whole(e)), question)
+
+
+def peer_flat(e, question, group):
+    """A tenth off for every search (as in arXiv 2605.29796)."""
+    return peer_em(last_answer(whole(e)), question) - e.searches / 10
+
+
+PEERS = {name.removeprefix("peer_").replace("h_r1", "h-r1"): rule for name, rule in globals().items()
+         if name.startswith("peer_") and name not in ("peer_em", "peer_f1")}  # fmt: skip
+TALKS = {name: method.template for name, method in METHODS.items()}
+TALKS |= {"sem_kept": SEM, "research_paper": RESEARCH, "otc": SEARCH_R1, "flat": SEARCH_R1}
+
+ASKED = {
+    "curie": GOLD,
+    "beijing": gold("Beijing"),
+    "yes": gold("yes", source="hotpotqa"),
+    "open-yes": gold("yes"),
+    "letter-a": replace(GOLD, answers=["A"], choices=["Rome", "Paris", "Oslo", "Lima"]),
+    "letter-b": replace(GOLD, answers=["B"], choices=["Rome", "Paris", "Oslo", "Lima"]),
+    "the": gold("The"),
+    "1234": gold("1234", source="gsm8k"),
+    "spider": gold("Spider Man", source="triviaqa"),
+}
+SAID = WORDS | {
+    "I": "<information>\nRadium: found in 1898\n</information>",
+    "[right]": r"<answer>\[ \boxed{Marie Curie} \]</answer>",
+    "[half]": r"<answer>It is \boxed{Curie}.</answer>",
+    "[wrong]": r"<answer>\boxed{Niels Bohr}</answer>",
+    "plain": "<answer>Marie Curie, no box</answer>",
+}
+FOUND = {  # what a document says
+    "R": "Radium: found in 1898",
+    "R(answer)": "the quiz: <answer>Marie Curie</answer>",
+    "R(wrong)": "the quiz: <answer>Niels Bohr</answer>",
+    "R(opens)": "write <answer> before it",
+    "R(think)": "then </think> and on",
+    "R(search)": "type <search> to find it",
+    "R(b)": "<b>Radium</b>",
+}
+
+
+def told(method, line, stop, question):
+    """An episode from the words of SAID and FOUND; in other words _ is a blank and \\n a new line."""
+    template, texts = TALKS[method], [("model", "")]
+    for word in line.split(" "):
+        if word in FOUND:
+            result = template.result
+            texts += [("env", f"\n<{result}>\n{FOUND[word]}\n</{result}>\n"), ("model", "")]
+        else:
+            text = SAID.get(word, word.replace("_", " ").replace("\\n", "\n"))
+            texts[-1] = ("model", f"{texts[-1][1]} {text}".strip())
+    segments = [Segment(kind, [], text) for kind, text in texts if text]
+    searches = sum(kind == "env" for kind, _ in texts)
+    return Episode(question, [], segments=segments, searches=searches, stop=stop, template=template)
+
+
+# published = ours, or published -> ours and why: (words) is a fault or a trait of the published rule
+PAID = r"""
+method          episode                               stop    question  reward
+-- Search-R1
+search-r1       T right                               answer  curie     1
+search-r1       T wrong                               answer  curie     0
+search-r1       T half                                answer  curie     0
+search-r1       right                                 answer  curie     1
+search-r1       so it is right                        answer  curie     1
+search-r1       T S R T right                         answer  curie     1
+search-r1       T S R T S R right                     answer  curie     1
+search-r1       T S R wrong                           answer  curie     0
+search-r1       T                                     eos     curie     0
+search-r1       T S                                   turns   curie     0
+search-r1       T <answer>Marie_Curie                 length  curie     0
+search-r1       T <answer></answer>                   answer  curie     0
+search-r1       <think>hm right                       answer  curie     1
+search-r1       T <answer>the_Marie_Curie!</answer>   answer  curie     1
+search-r1       T <answer>yes</answer>                answer  yes       1
+search-r1       T <answer>A</answer>                  answer  letter-a  1
+search-r1       T <answer>1,234</answer>              answer  1234      1
+search-r1       T                                     eos     beijing   1 -> 0 (the prompt's example answers)
+search-r1       T <answer>Paris                       length  beijing   1 -> 0 (the prompt's example answers)
+search-r1       T S R(answer) T                       length  curie     1 -> 0 (a document answers)
+search-r1       T S R(answer)                         turns   curie     1 -> 0 (a document answers)
+search-r1       T S R(wrong) T right                  answer  curie     1
+search-r1       T S R(opens) T right                  answer  curie     0 -> 1 (a document opens the answer)
+search-r1       T <answer>the</answer>                answer  letter-a  1 -> 0 (articles are deleted)
+search-r1       T <answer>.</answer>                  answer  letter-a  1 -> 0 (articles are deleted)
+search-r1       T <answer>An</answer>                 answer  the       1 -> 0 (articles are deleted)
+search-r1       T <answer>B._Paris</answer>           answer  letter-b  0 -> 1 (an option is no letter)
+search-r1       T <answer>Paris</answer>              answer  letter-b  0 -> 1 (an option is no letter)
+search-r1       T <answer>12.34</answer>              answer  1234      1 -> 0 (points and signs are deleted)
+search-r1       T <answer>-1234</answer>              answer  1234      1 -> 0 (points and signs are deleted)
+search-r1       T <answer>1234_men</answer>           answer  1234      0 -> 1 (a number is a text)
+search-r1       T <answer>Spider-Man</answer>         answer  spider    0 -> 1 (one rule for all sets)
+search-r1       T <answer>Rome right                  answer  curie     0 -> 1 (a tag in the answer is text)
+-- ZeroSearch
+zerosearch      T right                               answer  curie     1
+zerosearch      T half                                answer  curie     2/3
+zerosearch      T part                                answer  curie     4/9
+zerosearch      T wrong                               answer  curie     0
+zerosearch      T S R T half                          answer  curie     2/3
+zerosearch      T S                                   turns   curie     0
+zerosearch      T <answer>yes_it_is</answer>          answer  yes       1/2
+zerosearch      T                                     eos     beijing   1 -> 0 (the prompt's example answers)
+zerosearch      T S R(answer) T                       length  curie     1 -> 0 (a document answers)
+zerosearch      T <answer>A</answer>                  answer  letter-a  0 -> 1 (articles are deleted)
+zerosearch      T <answer>The</answer>                answer  the       0 -> 1 (articles are deleted)
+zerosearch      T <answer>Marie_<think>_Curie</answer>  answer  curie  4/5 -> 0 (a tag in the answer is text)
+-- SSRL
+ssrl            T right                               eos     curie     .95
+ssrl            T wrong                               eos     curie     .05
+ssrl            T S I T right                         eos     curie     1
+ssrl            T S I T wrong                         eos     curie     .1
+ssrl            T S I T half                          eos     curie     .1
+ssrl            T S I right                           eos     curie     .925
+ssrl            T T right                             eos     curie     .95
+ssrl            T S I T S I T right                   eos     curie     1
+ssrl            T S I S I T right                     eos     curie     .9 + .1 * 2/3
+ssrl            T T T T T T T T right                 eos     curie     .9 + .1 * 1/8
+ssrl            T T T T T T T T T right               eos     curie     .9
+ssrl            T S I T right                         length  curie     1
+ssrl            right                                 eos     curie     .9
+ssrl            so T right                            eos     curie     .9
+ssrl            T right so                            eos     curie     .9
+ssrl            T                                     eos     curie     0
+ssrl            T S I                                 length  curie     0
+ssrl            T S T right                           eos     curie     .9
+ssrl            T I T right                           eos     curie     .9
+ssrl            T S I I T right                       eos     curie     .9
+ssrl            T S T I right                         eos     curie     .9
+ssrl            T S <information></information> right  eos    curie     .9
+ssrl            <think></think> right                 eos     curie     .9
+ssrl            T <search>a\nb</search> I T right     eos     curie     .9
+ssrl            T <search>\na\n</search> I T right    eos     curie     1
+ssrl            T <search>your_query</search> I T right  eos  curie     .9
+ssrl            <think>_your_thoughts_</think> right  eos     curie     .9
+ssrl            T <b>so</b> right                     eos     curie     .9
+ssrl            T wrong right                         eos     curie     .95
+ssrl            T right wrong                         eos     curie     .05
+ssrl            T right <answer></answer>             eos     curie     0
+ssrl            T right blank                         eos     curie     0
+ssrl            T right right right                   eos     curie     .95
+ssrl            T S <information> right </information>  eos   curie     .9
+ssrl            T S R T right                         eos     curie     1
+ssrl            T S R T S I T right                   eos     curie     1
+ssrl            T                                     eos     beijing   0
+ssrl            T S R(answer) T                       length  curie     .9 -> 0 (a document answers)
+ssrl            T S R(b) T right                      eos     curie     .9 -> 1 (a document breaks the format)
+ssrl            T <answer>the</answer>                eos     letter-a  .95 -> .05 (articles are deleted)
+ssrl            <think>hm T right                     eos     curie     .9
+-- ReSearch: the code
+research        T [right]                             eos     curie     1
+research        T [half]                              eos     curie     2/3
+research        T [wrong]                             eos     curie     .1
+research        T S R T [right]                       eos     curie     1
+research        T S R T S R [half]                    eos     curie     2/3
+research        so T so [right] so                    eos     curie     1
+research        [right]                               eos     curie     0
+research        T [right]                             length  curie     0
+research        T S                                   turns   curie     0
+research        T plain                               eos     curie     0
+research        T [right] [right]                     eos     curie     0
+research        T </think> [right]                    eos     curie     0
+research        T S [right]                           eos     curie     0
+research        T <answer>\boxed{Marie_Curie</answer>  eos    curie     0
+research        T \boxed{Marie_Curie} plain           eos     curie     0
+research        T <answer>\boxed{Rome}\boxed{\text{Marie_Curie}}</answer>  eos  curie  1/2
+research        T <answer>\boxed{yes_it_is}</answer>  eos     yes       .1
+research        T <answer>\boxed{yes_it_is}</answer>  eos     open-yes  .1
+research        T S R(answer) T [right]               eos     curie     0 -> 1 (a document breaks the format)
+research        T S R(opens) T [wrong]                eos     curie     0 -> .1 (a document breaks the format)
+research        T S R(think) T [right]                eos     curie     0 -> 1 (a document breaks the format)
+research        T S R(search) T [right]               eos     curie     0 -> 1 (a document breaks the format)
+research        T <answer>\boxed{A}</answer>          eos     letter-a  .1 -> 1 (articles are deleted)
+research        T <answer>\boxed{}</answer>           eos     curie     .1 -> 0 (an empty box is an answer)
+research        T <answer> T \boxed{Marie_Curie}</answer>  eos  curie   1 -> 0 (a tag in the answer is text)
+-- ReSearch: the equation
+research_paper  T [right]                             eos     curie     1
+research_paper  T [wrong]                             eos     curie     .1
+research_paper  [right]                               eos     curie     1
+research_paper  [half]                                length  curie     2/3
+research_paper  [wrong]                               eos     curie     0
+research_paper  T [wrong] [right]                     eos     curie     1
+research_paper  T S [right]                           eos     curie     1
+research_paper  T plain                               eos     curie     0
+research_paper  T S R(answer) T [right]               eos     curie     1
+research_paper  T S R(answer) T [wrong]               eos     curie     0 -> .1 (a document breaks the format)
+-- SEM
+sem             T right                               eos     curie     1
+sem             T half                                eos     curie     2/3
+sem             T part                                eos     curie     0
+sem             T right S R right                     eos     curie     0
+sem             T wrong S R right                     eos     curie     1
+sem             T part S R T half                     eos     curie     2/3
+sem             T wrong S R S R T right               eos     curie     1
+sem             T wrong S R wrong                     eos     curie     0
+sem             T wrong S R(answer) T wrong           eos     curie     0
+sem             T wrong S R(opens) T right            eos     curie     1
+sem             T right                               length  curie     0
+sem             T right T                             eos     curie     0
+sem             T S R T right                         eos     curie     0
+sem             T <answer>A</answer>                  eos     letter-a  0 -> 1 (articles are deleted)
+sem_kept        T right                               eos     curie     1
+sem_kept        T right S R right                     eos     curie     .9
+sem_kept        T right S R half                      eos     curie     .9 * 2/3
+sem_kept        T wrong S R right                     eos     curie     1
+-- a penalty for every search
+flat            T right                               answer  curie     1
+flat            T S R right                           answer  curie     .9
+flat            T S R S R wrong                       answer  curie     -.2
+flat            T S R T S                             turns   curie     -.1
+flat            T S R(answer) T                       length  curie     .9 -> -.1 (a document answers)
+"""
+PAID = [re.split(r"\s{2,}", row, maxsplit=4) for row in PAID.split("\n")[2:] if row and row[0] != "-"]
+TRAITS = {
+    "the prompt's example answers",
+    "a document answers",
+    "a document opens the answer",
+    "a document breaks the format",
+    "articles are deleted",
+    "points and signs are deleted",
+    "an option is no letter",
+    "a number is a text",
+    "one rule for all sets",
+    "a tag in the answer is text",
+    "an empty box is an answer",
+}
+
+
+def value(text):
+    """ ".9 + .1 * 2/3" """
+    terms = [[Fraction(factor) for factor in term.split("*")] for term in text.replace(" ", "").split("+")]
+    return pytest.approx(float(sum(math.prod(term) for term in terms)))
+
+
+@pytest.mark.parametrize(
+    "method, line, stop, asked, paid", PAID, ids=[" ".join(r[:2] + r[3:4]) for r in PAID]
+)
+def test_the_published_rule_and_ours(method, line, stop, asked, paid):
+    """They pay the same, or the row says what the published rule gets wrong or does another way."""
+    paid, _, why = paid.partition(" (")
+    published, _, ours = paid.partition(" -> ")
+    assert why.strip(")") in (TRAITS if ours else {""})
+    e = told(method, line, stop, ASKED[asked])
+    assert PEERS[method](e, e.question, [e]) == value(published)
+    assert REWARDS[method](e, e.question, group=[e])["reward"] == value(ours or published)
+
+
+def test_the_table_is_whole():
+    assert {row[0] for row in PAID} | {"otc"} == set(REWARDS) == set(PEERS) == set(TALKS)
+    assert {row[4].partition(" (")[2].strip(")") for row in PAID} == TRAITS | {""}
+
+
+@pytest.mark.parametrize(
+    "group, paid",
+    [
+        (["T right", "T S R right", "T S R S R right", "T S R S R S R right"], [1, 0.5, 0.309, 0.2225]),
+        (["T wrong", "T S R right", "T S R S R right", "T S R S R S R right"], [0, 1, 0.866, 0.7071]),
+        (["T wrong", "T S R wrong", "T S R S R right", "T S R S R S R right"], [0, 0, 1, 0.9511]),
+        (["T S R wrong", "T S R S R S R right"], [0, 1]),
+        (["T right", "T right"], [1, 1]),
+        (["T wrong", "T S R wrong"], [0, 0]),
+    ],
+)
+def test_otc_within_its_group(group, paid):
+    """The numbers are those of the formula at c = 1, to four places."""
+    group = [told("otc", line, "answer", GOLD) for line in group]
+    for e, expected in zip(group, paid, strict=True):
+        ours = REWARDS["otc"](e, GOLD, group=group)["reward"]
+        assert ours == pytest.approx(expected, abs=5e-5)
+        assert ours == pytest.approx(peer_otc(e, GOLD, group))
+
+
+METHOD_TAGS = [*TAGS, "<information>", "</information>"]
+CHUNKS = [*METHOD_TAGS, *NEAR_TAGS, *SAID.values(), r"\boxed{", "}", "{", "your query", "yes", "A", "\n", " "]
+anything = st.lists(st.sampled_from(CHUNKS) | st.text(max_size=5), max_size=12).map("".join)
+segments = st.lists(st.tuples(st.sampled_from(["model", "model", "env", "retry", "forced"]), anything))
+
+
+RETRIED = [("model", T), ("retry", "no"), ("model", "<answer>\\boxed{Marie Curie}</answer>")]
+
+
+@settings(max_examples=150, deadline=None)
+@example("research", SEARCH_R1, GOLD, RETRIED, "eos", "write <search> and </search>")
+@given(
+    st.sampled_from(list(REWARDS)),
+    st.sampled_from([method.template for method in METHODS.values()]),
+    st.sampled_from(list(ASKED.values())),
+    segments,
+    st.sampled_from(["eos", "eos", "answer", "length", "turns", "bad_query", "search_failed", ""]),
+    anything,
+)
+def test_any_episode_is_paid_within_bounds_and_retrieved_text_pays_nothing(
+    name, template, question, parts, stop, foreign
+):
+    """Finite, in the method's range, the same twice, nothing changed; and the same whatever was retrieved."""
+
+    def make(swap):
+        texts = [Segment(k, [], foreign if swap and k in ("env", "retry") else text) for k, text in parts]
+        searches = sum(kind == "env" for kind, _ in parts)
+        return Episode(question, [], segments=texts, searches=searches, stop=stop, template=template)
+
+    e, right = make(False), told(name, "T right", "eos", question)
+    before = copy.deepcopy(e)
+    paid = REWARDS[name](e, question, group=[e, right])
+    assert paid == REWARDS[name](e, question, group=[e, right]) and e == before
+    least = -0.1 * e.searches if name == "flat" else 0
+    assert all(type(part) is float and math.isfinite(part) for part in paid.values())
+    assert least - 1e-9 <= paid["reward"] <= 1 + 1e-9
+    other = make(True)
+    assert REWARDS[name](other, question, group=[other, right]) == paid
 
 
 # ------------------------------------------------------------------------------------------------------------

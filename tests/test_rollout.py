@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import rollout as module
-from data import SEM, DataError, Doc, Question, Template, encode_result, render
+from data import RESEARCH, SEARCH_R1, SEM, SSRL, DataError, Doc, Question, Template, encode_result, render
 from retriever import BM25, RetrieverError
-from reward import parse_episode
+from reward import parse_episode, ssrl
 from rollout import SlotCache, by_tokens, end_ids, load_model, probe, rollout, sample, step_hidden, uniforms
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
@@ -58,6 +59,7 @@ def pieces():
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     runs = ["</", "search", "think", "answer", ">Ċ", ">ĊĊ", ">.", "?</", "><", "></", "</s", "earch", "Ġwho"]
+    runs += [".<", "info", "rmation", "on><", "Ċ</info"]
     for run in runs:
         for i in range(1, len(run)):
             if run[: i + 1] not in vocab:
@@ -135,13 +137,16 @@ class Shelf:
 @pytest.fixture
 def script(monkeypatch):
     """script(rows, end): row i samples the ids of rows[i], then `end`, whatever the model thinks of them.
-    Without `score` the log-probs are 0."""
+    Without `score` the log-probs are 0, or those given: a list for each row."""
 
-    def start(rows, end, score=True):
+    def start(rows, end, score=True, logps=None):
         streams = [iter(row) for row in rows]
+        given = [iter(row) for row in logps or []]
 
         def scripted(logits, u, temperature):
             tokens = torch.tensor([next(streams[int(row)], end) for row in u.tolist()])
+            if given:
+                return tokens, torch.tensor([next(given[int(row)], 0.0) for row in u.tolist()])
             if not score:
                 return tokens, torch.zeros(len(tokens))
             return tokens, torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0]
@@ -645,6 +650,295 @@ def test_a_search_stops_at_the_token_that_completes_the_tag(script, name):
             and parse_episode(e).shape == "TASRA"
             and parse_episode(e).valid
         )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SSRL: the model writes its own results, and these are out of the loss
+
+BLOCK = "<information>\nDoc 1: radium\n\nDoc 2: 1 < 2 > 0, é\n</information>"
+ASK = "<think>hm</think><search>who</search>"
+SELF = [
+    ASK + BLOCK + "<think>so</think><answer>b</answer>",
+    f"{ASK}\n{BLOCK}\n\n{ASK}\n{BLOCK}\n<answer>b</answer>",  # the same block twice
+    f"{ASK}{BLOCK}{BLOCK}<answer>b</answer>",
+    f"{ASK}.{BLOCK}.{ASK}?{BLOCK}><answer>b</answer>",
+    f"é{BLOCK}é<answer>b</answer>",
+    f"{ASK}<information></information><information>.</information><answer>b</answer>",
+    f"{ASK}<information>it never ends<answer>b</answer>\n{ASK}",
+    f"{ASK}{BLOCK}<answer>b</answer><information",
+    f"{ASK}{BLOCK}</information><answer>b</answer>",
+    f"</information>{ASK}<answer>b</answer>",
+    f"{ASK}<information>a<information>b</information>c</information><answer>b</answer>",
+    f"{ASK}<information>x<search>y</search><think>z</think><answer>w</answer></information><answer>b</answer>",
+    f"{ASK}< information>a</information><Information>b</Information><informationn>c<answer>b</answer>",
+    f"{ASK}<<information>>a<</information>><answer>b</answer>",
+    f"{ASK}<information>a</information ></ information><answer>b</answer>",
+    f"{ASK}<answer>b</answer>",
+]
+
+
+def cut(tokenizer, text, rng):
+    """Ids of `text`, cut at random into tokens of the vocabulary: one byte is one character of these."""
+    [(text, _)] = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    vocab, cuts = vocabulary(tokenizer), []
+    while text:
+        n = rng.choice([n for n in range(1, min(len(text), 14) + 1) if text[:n] in vocab])
+        cuts.append(vocab[text[:n]])
+        text = text[n:]
+    return cuts
+
+
+def bytes_in_blocks(tokenizer, row):
+    """For each token: how many bytes it has, and how many of these lie in an information block of the whole
+    text. A block without an end goes on to the end."""
+    text = tokenizer.decode(row).encode()
+    inside, at = [0] * len(text), 0
+    while (start := text.find(b"<information>", at)) >= 0:
+        end = text.find(b"</information>", start)
+        at = len(text) if end < 0 else end + len(b"</information>")
+        inside[start:at] = [1] * (at - start)
+    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(row)]
+    assert sum(sizes) == len(text)
+    starts = np.cumsum([0, *sizes]).tolist()
+    return [(size, sum(inside[start : start + size])) for start, size in zip(starts, sizes, strict=False)]
+
+
+@pytest.mark.parametrize("name", ["pieces", "qwen2.5"])
+def test_the_models_own_results_are_out_of_the_loss_to_the_token(script, monkeypatch, name):
+    """Every token of which any byte lies in a block, tags included, and no other; however it is cut."""
+    tokenizer, rng = tokenizer_named(name), random.Random(0)
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in SELF]
+    rows += [bytewise(tokenizer, text) for text in SELF]
+    rows += [cut(tokenizer, text, rng) for text in SELF for _ in range(20)]
+    if name == "pieces":
+        rows.append([vocabulary(tokenizer)[t] for t in ".< info rmation > Ċ </ info rmation >. a .<".split()])
+        rows.append([vocabulary(tokenizer)[t] for t in "a >< info rmation >Ċ </ info rmati on>< b".split()])
+    rows = [[*row, tokenizer.eos_token_id] for row in rows]
+    script(rows, tokenizer.eos_token_id, score=False)
+    monkeypatch.setattr(module.Sampler, "forward", lambda _, slots, chunks: torch.zeros(len(chunks), 1))
+    model = build("qwen2", tokenizer, context=2048, hidden=8)  # is not asked
+    episodes, merged = rollout(model, tokenizer, SSRL, questions(len(rows))), 0
+    for e, row in zip(episodes, rows, strict=True):
+        assert (e.ids, kinds(e), e.searches, e.stop) == (row, ["model"], 0, "eos")
+        found = bytes_in_blocks(tokenizer, row)
+        assert e.loss_mask == [not inside for _, inside in found], tokenizer.decode(row)
+        merged += sum(0 < inside < size for size, inside in found)
+    assert merged > 50
+
+
+SEARCHES = [f"<think>b</think><search>q{i}</search>\n" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("budget, real", [(None, 0), (0, 0), (1, 1), (2, 2), (3, 3), (4, 3)])
+def test_the_first_searches_are_real_and_the_model_answers_the_others(script, budget, real):
+    """Sim2Real: what it is told and what it tells itself are both out of the loss, and both are results.
+    Without a retriever it never asks."""
+    retriever, budget = (None, 4) if budget is None else (Shelf(), budget)
+    tokenizer = pieces()
+    text = "".join(search + (i >= real) * BLOCK for i, search in enumerate(SEARCHES))
+    row = [*tokenizer(text + "<think>b</think><answer>a</answer>").input_ids, tokenizer.eos_token_id]
+    script([row], tokenizer.eos_token_id)
+    model = build("llama", tokenizer, context=4096, hidden=16)
+    [e] = rollout(model, tokenizer, SSRL, questions(1), retriever=retriever, max_searches=budget,
+                  max_completion_length=2048)  # fmt: skip
+    assert kinds(e) == ["model", "env"] * real + ["model"] and (e.searches, e.stop) == (real, "eos")
+    asked = [query for call in retriever.calls for query in call] if retriever else []
+    assert asked == ["q1", "q2", "q3"][:real]
+    own = [not inside for _, inside in bytes_in_blocks(tokenizer, row)]
+    assert [chosen for s, chosen in by_token(e) if s.kind == "model"] == own
+    assert not any(chosen for s, chosen in by_token(e) if s.kind == "env")
+    assert [i for s in e.segments if s.kind == "model" for i in s.ids] == row
+    assert (own.count(False) > 0) == (real < 3) and ssrl(e, e.question)["f"] == 1
+
+
+def by_token(e):
+    return list(zip([s for s in e.segments for _ in s.ids], e.loss_mask, strict=True))
+
+
+def test_an_empty_or_simulated_query_does_not_count_as_a_real_search(script):
+    tokenizer, shelf = pieces(), Shelf()
+    text = "<search> </search>\n" + BLOCK + "a</search>\n" + "<information><search>no</search></information>"
+    text += "<search>who</search>\n<answer>a</answer>"
+    script([tokenizer(text).input_ids], tokenizer.eos_token_id)
+    model = build("llama", tokenizer, context=4096, hidden=16)
+    [e] = rollout(model, tokenizer, SSRL, questions(1), retriever=shelf, max_searches=1)
+    assert (shelf.calls, kinds(e), e.stop) == ([["who"]], ["model", "env", "model"], "eos")
+
+
+OWN = replace(SSRL, result="result")  # with tags that are words of the small tokenizer
+QUERIES = [  # a query, the probabilities of its tokens, its uncertainty, whether it is asked
+    ("<search> n1 </search>", [1 / 2, 1 / 2, 1 / 2], 0.5, True),  # the first
+    ("<search> n2 </search>", [1 / 8, 1 / 8, 1 / 8], 0.375, False),
+    ("<search> n3 </search>", [1 / 2, 1 / 2, 1 / 2], 0.5, True),  # above the one before
+    ("<search> n4 </search>", [1 / 2, 1 / 2, 1 / 2], 0.5, False),  # the same as before
+    ("<search>n5</search>", [1 / 16], 0.25, False),
+    ("<search> n6 </search>", [1 / 8, 1 / 2, 1 / 8], 1.25 / 3, True),  # above the one before, not above all
+    ("<search> n7 </search>", [0.4, 0.4, 0.4], None, False),  # above all, but over the budget
+]
+
+
+def test_only_rising_uncertainty_asks_again(script, monkeypatch):
+    """Other tokens do not count, however uncertain they are."""
+    row, logps, seen, rose = [], [], [], module.Sampler.rose
+
+    def spied(sampler, row):
+        answer = rose(sampler, row)
+        seen.append((row.uncertainty, answer))
+        return answer
+
+    for query, p, _, asked in QUERIES:
+        around = ["n9", "n8"], ([] if asked else ["<result>", "n9", "</result>"])
+        row += ids(words(), [*around[0], *query.split(), *around[1]])
+        logps += np.log([0.37] * len(around[0]) + p + [0.37] * len(around[1])).tolist()
+    monkeypatch.setattr(module.Sampler, "rose", spied)
+    script([row], words().eos_token_id, logps=[logps])
+    shelf, model = Shelf(), build("llama", words())
+    [e] = rollout(model, words(), OWN, questions(1), retriever=shelf, max_searches=3, rising=True)
+    assert shelf.calls == [["n1"], ["n3"], ["n6"]] and (e.searches, e.stop) == (3, "eos")
+    assert [x for x, _ in seen] == pytest.approx([x for _, _, x, _ in QUERIES[:-1]])
+    assert [answer for _, answer in seen] == [asked for *_, asked in QUERIES[:-1]]
+    assert sum(e.loss_mask) == len(row) + 1 - 3 * sum(not asked for *_, asked in QUERIES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Search-R1: an answer ends the episode, a turn with neither query nor answer is told so
+
+
+def test_an_answer_ends_the_episode(script):
+    """At the token that completes the tag; what comes along with it stays and is read by nobody."""
+    tokenizer = pieces()
+    texts = [[*"<answer>b", *end] for end in (["</", "answer", ">"], ["</", "answer", ">."], [*"</answer>"])]
+    texts += [["answer", "</", "answer", *"><answer>a", *"</answer>"]]  # it was not opened
+    rows = [ids(tokenizer, [*text, *"<search>who</search>"]) for text in texts]
+    script(rows, tokenizer.eos_token_id, score=False)
+    model = build("llama", tokenizer, context=4096, hidden=16)
+    options = {"retriever": Shelf(), "max_completion_length": 2048}
+    episodes = rollout(model, tokenizer, SEARCH_R1, questions(4), **options)
+    for e, text, row in zip(episodes[:3], texts, rows, strict=False):
+        assert (e.stop, kinds(e), e.searches) == ("answer", ["model"], 0)
+        assert e.ids == row[: len(text)] and e.loss_mask == [True] * len(text)
+        assert parse_episode(e).answer == "b"
+    assert kinds(episodes[3]) == ["model", "retry", "model"] and parse_episode(episodes[3]).answer == "a"
+
+
+TURNS = [  # what is sampled with a budget of 2; segments (m r e: model, retry, env), stop, searches
+    ("<answer> n1 </answer>", "m", "answer", 0),
+    ("<eos> <answer> n1 </answer>", "mrm", "answer", 0),
+    ("<think> n1 </think> <eos> n2 <end> <answer> n1 </answer>", "mrmrm", "answer", 0),
+    ("<eos> <eos> <eos>", "mrmrm", "eos", 0),
+    ("<search> </search> <answer> n1 </answer>", "mrm", "answer", 0),
+    ("n1 </search> <answer> n1 </answer>", "mrm", "answer", 0),
+    ("n1 </answer> <answer> n1 </answer>", "mrm", "answer", 0),
+    ("<answer> n1 <eos> n2 </answer> <answer> n1 </answer>", "mrmrm", "answer", 0),  # opened a turn before
+    ("<search> n1 <eos> n2 </search> <answer> n1 </answer>", "mrmrm", "answer", 0),
+    ("</answer> </search> </answer>", "mrmrm", "answer", 0),  # no answer, and no turn is left
+    ("</answer> </search> <search> </search>", "mrmrm", "turns", 0),  # an empty query is one too many
+    ("<search> n1 </search> <eos> <search> n2 </search>", "memrm", "turns", 1),
+    ("<eos> <search> n1 </search> <eos>", "mrmem", "eos", 1),
+    ("<search> n1 </search> <search> n2 </search> <answer> n1 </answer>", "memem", "answer", 2),
+    ("<search> n1 </search> <search> n2 </search> <search> n3 </search>", "memem", "turns", 2),
+    ("<answer> </answer>", "m", "answer", 0),
+]
+
+
+def test_a_turn_without_query_and_answer_is_told_so(script):
+    """The message is the environment's: not in the loss, no search, but a turn."""
+    rows = [ids(words(), text) for text, *_ in TURNS]
+    script(rows, words().eos_token_id)
+    model = build("llama", words(), context=2048)
+    model.generation_config.eos_token_id = ids(words(), "<end>")
+    template = replace(SEARCH_R1, result="result")
+    episodes = rollout(model, words(), template, questions(len(rows)), retriever=Shelf(), max_searches=2)
+    check(model, words(), episodes)
+    message = words()(SEARCH_R1.retry, add_special_tokens=False).input_ids
+    for e, row, (text, shape, stop, searches) in zip(episodes, rows, TURNS, strict=True):
+        assert ("".join(kind[0] for kind in kinds(e)), e.stop, e.searches) == (shape, stop, searches), text
+        assert sampled(e) == row, text
+        told = [s for s in e.segments if s.kind == "retry"]
+        assert all((s.ids, s.text) == (message, SEARCH_R1.retry) for s in told)
+        assert "M" not in parse_episode(e).shape or told
+
+
+@pytest.mark.parametrize("budget", range(4))
+def test_no_more_turns_than_the_budget(script, budget):
+    script([ids(words(), "<eos> " * 9), ids(words(), "<search>n0</search> " * 9)], words().eos_token_id)
+    model = build("llama", words(), context=2048)
+    template = replace(SEARCH_R1, result="result")
+    lost, asks = rollout(model, words(), template, questions(2), retriever=Shelf(), max_searches=budget)
+    assert kinds(lost) == ["model", "retry"] * budget + ["model"] and lost.stop == "eos"
+    assert kinds(asks) == ["model", "env"] * budget + ["model"] and asks.stop == "turns"
+
+
+def test_a_message_that_does_not_fit_is_dropped(script):
+    message = len(words()(SEARCH_R1.retry, add_special_tokens=False).input_ids)
+    for room, shape in ((0, ["model"]), (1, ["model", "retry", "model"])):
+        script([ids(words(), "n1 <eos> n2 n3 n4")], words().eos_token_id)
+        model = build("llama", words(), context=2048)
+        cap = 2 + message + room
+        [e] = rollout(model, words(), SEARCH_R1, questions(1), retriever=Shelf(), max_completion_length=cap)
+        assert (kinds(e), e.stop, len(e.ids)) == (shape, "length", 2 if room == 0 else cap)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a forced search
+
+FORCED = {  # template: what comes before the forced tag, what would come behind, the episode's shape
+    "SEM": (SEM, "<think>hm</think><answer>a</answer>", "<answer>b</answer>", "TASRA"),
+    "Search-R1": (SEARCH_R1, "<think>hm</think>", "<think>so</think><answer>b</answer>", "TSRTA"),
+    "ReSearch": (RESEARCH, "<think>hm</think>", "<think>so</think><answer>b</answer>", "TSRTA"),
+    "SSRL": (SSRL, "<think>hm</think>", "<think>so</think><answer>b</answer>", "TSRTA"),
+}
+
+
+@pytest.mark.parametrize("rising", [False, True])
+@pytest.mark.parametrize("method", FORCED)
+def test_a_forced_search_is_not_the_policys(script, method, rising):
+    """Its tokens are out of the loss and count as no turn; the query behind them is the policy's, and is
+    read; it happens once."""
+    template, before, after, shape = FORCED[method]
+    tokenizer, rng = pieces(), random.Random(0)
+    heads = [tokenizer(before).input_ids, *(cut(tokenizer, before, rng) for _ in range(4))]
+    rests = [cut(tokenizer, f"who</search>\n{after}", rng) for _ in heads]
+    rows = [[*head, *rest] for head, rest in zip(heads, rests, strict=True)]
+    script(rows, tokenizer.eos_token_id)
+    shelf, model = Shelf(), build("llama", tokenizer, context=4096)
+    episodes = rollout(model, tokenizer, template, questions(5), retriever=shelf, max_searches=1,
+                       max_completion_length=2048, force_search=True, rising=rising)  # fmt: skip
+    check(model, tokenizer, episodes)
+    assert [query for call in shelf.calls for query in call] == ["who"] * 5
+    for e, head, row in zip(episodes, heads, rows, strict=True):
+        assert kinds(e) == ["model", "forced", "model", "env", "model"]
+        assert e.segments[0].ids == head and e.segments[0].text == before
+        assert e.segments[1].text == "\n<search>" == tokenizer.decode(e.segments[1].ids)
+        assert sampled(e)[: len(row)] == row and e.stop == ("answer" if template.answer_ends else "eos")
+        assert parse_episode(e).shape == shape
+
+
+@pytest.mark.parametrize("method", FORCED)
+def test_what_a_forced_search_can_meet(script, method):
+    """A query with a tag of its own, an empty one, a search or an end before the place, nobody to ask."""
+    template, before, _, _ = FORCED[method]
+    tokenizer = pieces()
+    texts = [
+        before + "<search>who</search>",
+        before + " </search>x</search>",
+        "<search>me</search>" + before,
+        "a",
+    ]
+    rows = [[*bytewise(tokenizer, text)] for text in texts]
+    script(rows, tokenizer.eos_token_id, score=False)
+    shelf, model = Shelf(), build("llama", tokenizer, context=4096, hidden=16)
+    options = {"max_completion_length": 2048, "force_search": True, "max_searches": 1}
+    tagged, empty, own, none = rollout(model, tokenizer, template, questions(4), retriever=shelf, **options)
+    assert sorted(query for call in shelf.calls for query in call) == ["me", "who"]
+    assert kinds(tagged)[:4] == ["model", "forced", "model", "env"]
+    assert kinds(empty)[:3] == ["model", "forced", "model"] and "env" not in kinds(empty)
+    assert kinds(own)[:2] == ["model", "env"] and "forced" not in kinds(own)
+    assert "forced" not in kinds(none)
+    script(rows[:1], tokenizer.eos_token_id, score=False)
+    [alone] = rollout(model, tokenizer, template, questions(1), **options)
+    assert kinds(alone) == ["model", "forced", "model"] and alone.searches == 0
+    assert alone.stop == ("eos" if template.own_results else "turns")
 
 
 # ------------------------------------------------------------------------------------------------------------
