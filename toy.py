@@ -237,7 +237,7 @@ def results(world: World, rng: random.Random, relation: str, name: str, value: s
     if rng.random() < 0.7:
         other, who = rng.choice([r for r in (*VALUES, "friend") if r != relation]), name
     else:
-        other, who = relation, rng.choice(world.unknown)
+        other, who = relation, rng.choice([someone for someone in world.unknown if someone != name])
     wrong = Doc("", who, says(other, who, rng.choice(VALUES.get(other, world.unknown))))
     return [right, wrong] if rng.random() < 0.7 else [wrong, right]
 
