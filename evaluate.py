@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,7 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of k in n."""
     p, centre = k / n, (k + z * z / 2) / (n + z * z)
     half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding: -1e-17 would be printed as -0.000
 
 
 def bootstrap(figure: Callable, records: list[Record], times: int = 300) -> tuple[float, float]:
@@ -254,10 +255,13 @@ def evaluate(
         if closed_book and retriever is not None and not template.raw:
             passes["forced"] = sample("forced", template, retriever, force_search=True, rising=False)
         if samples:
-            many = sample("sampled", template, retriever, group_size=samples, temperature=1.0)
+            hot = {"group_size": samples, "temperature": 1.0}
+            many = sample("sampled", template, retriever, force_search=force, **hot)
         table[name], failed = [], 0
         for i, question in enumerate(questions):
-            if any(episodes[i].stop == "search_failed" for episodes in passes.values()):
+            own = [episodes[i] for episodes in passes.values()]
+            own += many[i * samples :][:samples] if samples else []
+            if any(episode.stop == "search_failed" for episode in own):
                 failed += 1  # a retriever that is down says nothing about the model
                 continue
             right = {kind: is_right(episodes[i]) for kind, episodes in passes.items()}
@@ -321,8 +325,9 @@ def judge(question: Question, answer: str, url: str, model: str) -> bool | None:
         request = urllib.request.Request(target, json.dumps(body).encode(), head)
         with urllib.request.urlopen(request, timeout=60) as reply:
             said = json.load(reply)["choices"][0]["message"]["content"]
-        return json.loads(said[said.index("{") : said.rindex("}") + 1])["judgement"] == "correct"
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        verdict = json.loads(said[said.index("{") : said.rindex("}") + 1])["judgement"]
+        return {"correct": True, "incorrect": False}.get(verdict)
+    except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
 
 
@@ -411,9 +416,16 @@ def check(config: Config) -> Config:
     for name in ("max_searches", "eval_size", "samples"):
         if getattr(config, name) < 0:
             raise DataError(f"--{name} {getattr(config, name)}: must be at least 0")
+    if not 0 <= config.tau <= 1:
+        raise DataError(f"--tau {config.tau}: must be between 0 and 1")
     method, run = config.method, Path(config.model) / "run.json"
+    if Path(config.model).name.startswith("checkpoint-"):
+        run = Path(config.model).parent / "run.json"
     if not method and run.exists():
-        method = json.loads(run.read_text()).get("method", "sem")
+        try:
+            method = json.loads(run.read_text()).get("method", "sem")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{run}: not the settings of a run; give --method") from error
     config = replace(config, method=method or "sem")
     if config.method not in METHODS:
         raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
@@ -434,8 +446,9 @@ def main(config: Config):
     known = {}
     if config.known:
         try:
-            known = json.loads(Path(config.known).read_text())["known"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            told = json.loads(Path(config.known).read_text())["known"]
+            known = {name: set(ids) for name, ids in told.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"--known {config.known}: not the eval.json of a closed-book pass") from error
     template = METHODS[config.method].template
     template = {"direct": DIRECT, "cot": COT, "rag": RAG}.get(config.baseline, template)
@@ -446,6 +459,7 @@ def main(config: Config):
         searches = int(real) if real.isdecimal() else searches
     model, tokenizer = load_model(config.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     closed_book = config.closed_book and config.baseline != "rag"  # its questions hold the documents
+    plain = {(name, q.id): q for name, rows in sets.items() for q in rows}  # without documents
     if config.baseline == "rag":
         sets = retrieve_once(sets, retriever, config.topk, config.max_doc_tokens, tokenizer)
         retriever = None
@@ -482,7 +496,7 @@ def main(config: Config):
             if known:
                 record.known_base = record.id in known.get(name, ())
         if config.judge_url:
-            answers = [(e.question, parse_episode(e).answer or "") for e in (said[name, r.id] for r in rows)]
+            answers = [(plain[name, r.id], parse_episode(said[name, r.id]).answer or "") for r in rows]
             ask = partial(judge, url=config.judge_url, model=config.judge_model)
             with ThreadPoolExecutor(8) as pool:
                 verdicts = list(pool.map(ask, *zip(*answers, strict=True)))

@@ -175,10 +175,11 @@ class Batch:
 
 
 def make_batches(episodes: list[Episode], advantage: list[float], config: Config, device) -> list[Batch]:
-    """Cuts the step's episodes into micro-batches of like lengths."""
+    """Cuts the step's episodes into micro-batches of like lengths. One without a loss token (a policy that
+    writes its own results may write nothing else) is in none, but counts in the normaliser."""
     scale = token_scale([sum(e.loss_mask) for e in episodes], config.loss_type, config.max_completion_length)
     # without the last token: nothing is predicted from it
-    sequences = [(i, (e.prompt_ids + e.ids)[:-1]) for i, e in enumerate(episodes)]
+    sequences = [(i, (e.prompt_ids + e.ids)[:-1]) for i, e in enumerate(episodes) if any(e.loss_mask)]
     batches = []
     for part in by_tokens(sequences, config.micro_batch_tokens):
         width = max(len(ids) for _, ids in part)
@@ -302,6 +303,7 @@ def train_step(run: Run, step: int, signals: Signals) -> dict[str, float]:
     if keep:
         flat = advantage.flatten().tolist()
         batches = make_batches([episodes[i] for i in keep], [flat[i] for i in keep], config, run.model.device)
+    if keep and batches:
         metrics |= update(
             run.model, run.reference, run.optimizer, batches, config, lr, len(run.tokenizer), signals
         )
@@ -321,7 +323,7 @@ def episode_metrics(
     n = len(episodes)
     counted = torch.tensor([e.stop != "search_failed" for e in episodes])
     lengths = [sum(e.loss_mask) for e in episodes]
-    ended = [length for length, e in zip(lengths, episodes, strict=True) if e.stop == "eos"] or [0]
+    ended = [length for length, e in zip(lengths, episodes, strict=True) if e.stop in ("eos", "answer")]
     metrics = {
         "reward": rewards.flatten()[counted].sum().item() / max(1, counted.sum().item()),
         "reward_std": rewards.std(1).mean().item(),
@@ -329,7 +331,7 @@ def episode_metrics(
         "completions/mean_length": sum(lengths) / n,
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
-        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/mean_terminated_length": sum(ended) / max(1, len(ended)),
         "completions/clipped_ratio": sum(e.stop == "length" for e in episodes) / n,
         "tools/call_frequency": sum(e.searches for e in episodes) / n,
         "tools/failure_frequency": sum(e.stop == "search_failed" for e in episodes) / n,
@@ -365,7 +367,8 @@ class Run:
         self.sources = load_sets(config.train, "train")
         self.sets = load_sets(config.eval, "test", config.eval_size)
         self.retriever = None  # of the evaluation
-        if not self.method.template.own_results:
+        simulated = self.method.simulated and config.simulator  # training without any corpus
+        if not self.method.template.own_results and not (simulated and not config.eval):
             specs = {"train": config.train, "test": config.eval}
             self.retriever = open_retriever(config.retriever, config.corpus, specs)
         self.engine = self.retriever  # of the training

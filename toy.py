@@ -234,7 +234,7 @@ def results(world: World, rng: random.Random, relation: str, name: str, value: s
     """The right document and a wrong one, which tells something else of the same person or the same of
     somebody else. Of known people everything is true."""
     right = Doc("", name, says(relation, name, value))
-    other, who = relation, rng.choice(world.unknown)
+    other, who = relation, rng.choice([someone for someone in world.unknown if someone != name])
     if rng.random() < 0.7:
         others = VALUES if name in world.known else (*VALUES, "friend")
         other, who = rng.choice([r for r in others if r != relation]), name

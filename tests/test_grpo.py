@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ import config as config_module
 import grpo
 import kernels
 from data import DataError, Question
+from retriever import BM25, Remote
+from reward import METHODS
 from rollout import Episode, Segment
 
 ROOT = Path(__file__).parent.parent
@@ -565,3 +568,178 @@ def test_transcripts_show_every_source(world, lively):
 def test_a_retriever_that_is_down_is_said_at_the_start(world):
     with pytest.raises(DataError, match="--retriever"):
         run_main(world, "--retriever", "http://127.0.0.1:9")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# methods
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Every rollout of the trainer: (template, retriever, its episodes)."""
+    real, calls = grpo.rollout, []
+
+    def spied(model, tokenizer, template, questions, **more):
+        episodes = real(model, tokenizer, template, questions, **more)
+        calls.append((template, more["retriever"], episodes))
+        return episodes
+
+    monkeypatch.setattr(grpo, "rollout", spied)
+    return calls
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, world, sampled):
+    """Its prompt, its own reward, its own rule for who writes the results; two steps, and the same again."""
+    flags = world | {"method": method, "max_steps": "2", "warmup_steps": "0", "learning_rate": "0.01"}
+    assert run_main(flags) == 0
+    out = Path(world["output_dir"])
+    first, second = timeless(out / "metrics.jsonl")
+    assert all(math.isfinite(row["grad_norm"]) for row in (first, second))
+    assert second["kl"] > first["kl"] and first["sampler_logp_diff/max"] < 1e-4
+    for template, retriever, episodes in sampled:
+        assert template is METHODS[method].template and all(e.template is template for e in episodes)
+        assert (retriever is None) == (method == "ssrl")
+        assert isinstance(retriever, grpo.CorpusSimulator) == (method == "zerosearch")
+    stored = json.loads((out / "run.json").read_text())
+    assert stored["method"] == stored["reward"] == method
+    rows = timeless(out / "transcripts.jsonl")
+    question = Question("1", "", ["x"], "known")
+    parts = METHODS[method].reward(Episode(question, [], template=METHODS[method].template), question)
+    assert all(parts.keys() <= row.keys() for row in rows)
+    assert ("sandbag_suspects" in first) == ("f1_a1" in parts) == (method == "sem")
+
+
+def test_ssrl_never_touches_a_retriever(world, monkeypatch):
+    """No corpus is opened, no server asked, not even for the tables before and after."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("a retriever was opened")
+
+    monkeypatch.setattr(grpo, "open_retriever", touched)
+    monkeypatch.setattr(BM25, "__init__", touched)
+    monkeypatch.setattr(Remote, "__init__", touched)
+    world.pop("corpus")
+    assert run_main(world | {"method": "ssrl", "max_steps": "1", "eval": world["train"]}) == 0
+    rows = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert [row["tools/call_frequency"] for row in rows] == [0]
+    with pytest.raises(AssertionError, match="a retriever was opened"):
+        run_main(world | {"method": "search-r1", "max_steps": "1", "output_dir": world["output_dir"] + "2"})
+
+
+@pytest.mark.parametrize("name", ["otc", "flat", "sem_kept"])
+def test_another_reward(name, world, monkeypatch):
+    """Called once an episode, with its group; the method stays."""
+    seen, real = [], grpo.REWARDS[name]
+
+    def spied(episode, question, **options):
+        assert episode in options["group"] and len(options["group"]) == 4
+        assert {e.question.id for e in options["group"]} == {question.id}
+        assert options["tau"] == 0.7 and options["kept"] is None
+        seen.append(name)
+        return real(episode, question, **options)
+
+    monkeypatch.setitem(grpo.REWARDS, name, spied)
+    assert run_main(world | {"reward": name, "max_steps": "1", "tau": "0.7"}) == 0
+    assert len(seen) == 16
+    stored = json.loads((Path(world["output_dir"]) / "run.json").read_text())
+    assert (stored["method"], stored["reward"]) == ("sem", name)
+
+
+def test_resume_keeps_the_method(world, sampled):
+    flags = world | {"method": "search-r1", "reward": "otc", "max_steps": "1"}
+    assert run_main(flags) == 0
+    again = {"output_dir": world["output_dir"], "max_steps": "2"}
+    for flag, value in (("method", "sem"), ("reward", "flat")):
+        with pytest.raises(DataError, match=f"--resume: --{flag} is "):
+            run_main(again | {flag: value}, "--resume")
+    assert run_main(again, "--resume") == 0
+    stored = json.loads((Path(world["output_dir"]) / "run.json").read_text())
+    assert (stored["method"], stored["reward"]) == ("search-r1", "otc")
+    assert [template for template, _, _ in sampled] == [METHODS["search-r1"].template] * 2
+
+
+REFUSED = {
+    "method": ({"method": "semm"}, "--method semm: must be one of sem, ssrl"),
+    "reward": ({"reward": "em"}, "--reward em: must be one of sem"),
+    "no draft": ({"method": "search-r1", "reward": "sem"}, "--reward sem: it does not fit"),
+    "no draft to keep": ({"method": "research", "reward": "sem_kept"}, "--reward sem_kept: it does not fit"),
+    "no box": ({"reward": "research"}, "--reward research: it does not fit what --method sem"),
+    "no box either": ({"method": "ssrl", "reward": "research_paper"}, "--reward research_paper: it does not"),
+    "results of its own": ({"method": "zerosearch", "reward": "ssrl"}, "--reward ssrl: it does not fit"),
+    "noise": ({"method": "zerosearch", "noise_end": "1.5"}, "--noise_end 1.5"),
+    "noise is a number": ({"method": "zerosearch", "noise_start": "nan"}, "--noise_start nan"),
+    "a server plays no engine": (
+        {"method": "zerosearch", "retriever": "http://127.0.0.1:9"},
+        "--method zerosearch: give --simulator",
+    ),
+    "no simulator": ({"method": "zerosearch", "simulator": "nowhere/model"}, "nowhere/model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, world, tmp_path, capsys, monkeypatch):
+    """The program: one line, exit code 2, nothing written."""
+    change, named = REFUSED[case]
+    argv = [x for name, value in (world | change).items() for x in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *argv])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "grpo.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert err.count("\n") == 1 and err.startswith("grpo.py: error: ") and named in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rewards_that_fit(method):
+    """Those that read the final answer alone fit every method."""
+    assert grpo.check(grpo.Config(method=method)).reward == method
+    for name in ("search-r1", "zerosearch", "otc", "flat"):
+        assert grpo.check(grpo.Config(method=method, reward=name)).reward == name
+
+
+def test_an_episode_that_is_all_masked_teaches_nothing(model):
+    """A policy that writes its own results may write nothing else. Cut into rows, that is an empty
+    micro-batch; it still counts in the normaliser."""
+    episodes = episodes_with_results()
+    advantage = (1.0, -0.5, 0.3, -1.0, 0.4)
+    episodes[1].loss_mask = [False] * len(episodes[1].ids)
+    whole, cut = (
+        gradient(model, episodes, grpo.Config(micro_batch_tokens=tokens), advantage) for tokens in (10_000, 1)
+    )
+    for name, g in whole.items():
+        assert (g - cut[name]).abs().max() <= 1e-6 * max(1.0, g.abs().max().item()), name
+    [batch] = grpo.make_batches(episodes, list(advantage), grpo.Config(micro_batch_tokens=10_000), "cpu")
+    assert batch.scale[batch.row == batch.row.max()].sum().item() == pytest.approx(1 / 5)
+
+
+def test_a_step_that_is_all_masked_is_skipped(world, lively, monkeypatch, capsys):
+    real = grpo.rollout
+
+    def masked(*args, **kwargs):
+        episodes = real(*args, **kwargs)
+        for episode in episodes:
+            episode.loss_mask = [False] * len(episode.ids)
+        return episodes
+
+    monkeypatch.setattr(grpo, "rollout", masked)
+    assert run_main(world | {"max_steps": "1"}) == 0
+    assert "no finite gradient" in "".join(capsys.readouterr())
+    start = AutoModelForCausalLM.from_pretrained(world["model"]).state_dict()
+    end = AutoModelForCausalLM.from_pretrained(world["output_dir"]).state_dict()
+    assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+def test_an_answer_ends_an_episode_as_an_end_token_does(model):
+    """Search-R1's episodes end at </answer>: those are the terminated ones."""
+    episodes = episodes_with_results()
+    for episode, stop in zip(episodes, ["answer", "eos", "length", "turns", "answer"], strict=True):
+        episode.stop = stop
+    rows = grpo.episode_metrics(
+        episodes, [{"reward": 0.0}] * 5, torch.zeros(1, 5), grpo.Config(num_generations=5)
+    )
+    assert rows["completions/mean_terminated_length"] == (5 + 2 + 7) / 3
+    assert rows["completions/clipped_ratio"] == 1 / 5

@@ -1,0 +1,291 @@
+"""python -m pytest tests/test_simulator.py
+
+The share of noise, what it depends on, and both simulators: the corpus, and a tiny model.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_grpo import run_main, timeless, world, write_world  # noqa: F401 (world is a fixture)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo
+import rollout
+import simulator
+from data import Doc, Question
+from retriever import BM25
+from simulator import HELPFUL, NOISY, CorpusSimulator, ModelSimulator, documents, noise, said
+
+QUERIES = [f"who is w{i}" for i in range(400)]
+DOCS = [Doc(str(i), f"w{i}", f"who is w{i}") for i in range(40)]
+
+
+def asked(n: int) -> list[Question]:
+    return [Question(str(i), f"where is w{i}", [f"gold{i}"], "unknown") for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the share of noise
+
+
+@pytest.mark.parametrize(
+    "step, expected",  # p_s 0, p_e 0.5, m 4: (4^(i/4) - 1) / 6
+    [(0, 0.0), (1, (math.sqrt(2) - 1) / 6), (2, 1 / 6), (3, (2 * math.sqrt(2) - 1) / 6), (4, 0.5)],
+)
+def test_noise_by_hand(step, expected):
+    assert noise(step, 4, 0.0, 0.5) == pytest.approx(expected)
+
+
+def test_noise_from_elsewhere():
+    assert noise(0, 203, 0.25, 0.75) == 0.25 and noise(203, 203, 0.25, 0.75) == 0.75
+    assert noise(101.5, 203, 0.25, 0.75) == pytest.approx(0.25 + 0.5 / 3)  # halfway it is a third
+    assert noise(7, 10, 0.3, 0.3) == 0.3
+    assert noise(5, 10, 0.5, 0.0) == pytest.approx(1 / 3)  # it may fall, too
+
+
+def noisy(seed: int, step: int, share: float, queries=QUERIES) -> list[bool]:
+    source = CorpusSimulator(BM25(DOCS), seed)
+    source.at(step, share)
+    return [source.draw(query)[0] for query in queries]
+
+
+def test_what_is_noise_depends_on_seed_step_and_query_alone():
+    once = noisy(0, 3, 0.5)
+    assert noisy(0, 3, 0.5) == once
+    assert noisy(0, 3, 0.5, QUERIES[::-1]) == once[::-1]  # on no order and no neighbours
+    assert noisy(0, 3, 0.5, [QUERIES[7]]) == [once[7]]
+    others = [noisy(1, 3, 0.5), noisy(0, 4, 0.5), noisy(0, 3, 0.5, [q + "?" for q in QUERIES])]
+    for other in others:
+        assert 120 < sum(a != b for a, b in zip(once, other, strict=True)) < 280
+    more = noisy(0, 3, 0.7)
+    assert all(b for a, b in zip(once, more, strict=True) if a) and sum(more) > sum(once)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_share_is_the_share(share):
+    draws = [noise for step in range(10) for noise in noisy(0, step, share)]
+    assert sum(draws) / len(draws) == pytest.approx(
+        share, abs=4 * math.sqrt(share * (1 - share) / len(draws))
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from a corpus
+
+
+def test_a_corpus_without_noise_is_the_corpus():
+    corpus = BM25(DOCS)
+    source = CorpusSimulator(corpus, 0)
+    assert source.simulates
+    assert source.search(QUERIES[:9], 3, asked(9)) == corpus.search(QUERIES[:9], 3)
+
+
+def test_noise_of_a_corpus():
+    """Other documents of the corpus, k of them, each once, in place of what was found, and nowhere else."""
+    corpus = BM25(DOCS)
+    source = CorpusSimulator(corpus, 0)
+    source.at(2, 0.5)
+    queries = [doc.text for doc in DOCS]
+    found, plain = source.search(queries, 3, asked(40)), corpus.search(queries, 3)
+    some = [source.draw(query)[0] for query in queries]
+    assert 8 < sum(some) < 32
+    for got, want, bad in zip(found, plain, some, strict=True):
+        assert (got != want) if bad else (got == want)
+        assert len(got) == len({doc.id for doc in got}) == 3 and all(doc.text in queries for doc in got)
+    ids = [doc.id for got, bad in zip(found, some, strict=True) if bad for doc in got]
+    assert len(set(ids)) > 15  # not the same few
+    assert source.search(queries, 3, asked(40)) == found
+    assert source.search(queries[::-1], 3, asked(40)) == found[::-1]
+    assert corpus.search(queries, 3) == plain  # what the corpus remembers is not spoilt
+
+
+def test_noise_of_a_corpus_smaller_than_k():
+    source = CorpusSimulator(BM25(DOCS[:2]), 0)
+    source.at(0, 1.0)
+    assert [len(docs) for docs in source.search(["who", "w1"], 5, asked(2))] == [2, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from a model: reading what it wrote
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Doc 1: one\nDoc 2: two", ["one", "two"]),
+        ("Here you are:\n\nDoc 1: one\nmore of one\n\nDoc 2: two\n", ["one\nmore of one", "two"]),
+        ("**Doc 1:** one\n- Doc 2. two\n# Doc 3 three", ["one", "two", "three"]),
+        ("Doc1: one\nDoc2: two", ["one", "two"]),
+        ("Doc 1: one\nDoc 2:\nDoc 3: three", ["one", "three"]),
+        ("Doc 1: see Doc 2: it says so", ["see Doc 2: it says so"]),  # only where a line begins
+        ("one\n\n two \n", ["one", "two"]),
+        ("the doctor", ["the doctor"]),
+        ("", []),
+        (" \n ", []),
+        ("Doc 1:", []),
+    ],
+)
+def test_documents(text, expected):
+    assert [doc.text for doc in documents(text, 5)] == expected
+
+
+def test_documents_are_numbered_and_at_most_k():
+    text = "".join(f"Doc {i}: text {i}\n" for i in range(3, 9))
+    assert documents(text, 2) == [Doc("1", "Doc 1", "text 3"), Doc("2", "Doc 2", "text 4")]
+
+
+BODY = st.text("abc xyz.,", min_size=1).map(str.strip).filter(lambda t: t and t[0].isalnum())
+
+
+@given(st.lists(BODY, min_size=1, max_size=8), st.integers(1, 8))
+def test_documents_written_in_the_form_are_read_back(bodies, k):
+    text = "\n".join(f"Doc {i}: {body}" for i, body in enumerate(bodies, 1))
+    assert [doc.text for doc in documents(text, k)] == bodies[:k]
+
+
+@given(st.text() | st.text("Doc 1:\n*-"), st.integers(1, 6))
+@example("Doc " * 50 + "\n" * 500, 5)
+def test_any_text_gives_documents(text, k):
+    found = documents(text, k)
+    assert len(found) <= k and [doc.id for doc in found] == [str(i + 1) for i in range(len(found))]
+    assert all(doc.text and doc.text == doc.text.strip() and doc.text in text for doc in found)
+
+
+def test_the_answer_in_words():
+    assert said(Question("1", "?", ["Oslo", "Christiania"], "x")) == "Oslo"
+    assert said(Question("1", "?", ["B"], "x", ["Oslo", "Lima"])) == "Lima"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from a model: asking it
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = Path(write_world(tmp_path_factory.mktemp("engine"))["model"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def simulate(engine, queries: list[str], share: float, seed: int = 0, step: int = 2, k: int = 3):
+    source = ModelSimulator(*engine, seed)
+    source.at(step, share)
+    return source.search(queries, k, asked(len(queries)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_model_answers_every_query(engine, share):
+    """Also where all results are of one kind, and the other prompt has nobody to ask."""
+    found = simulate(engine, QUERIES[:7], share)
+    assert len(found) == 7 and all(len(docs) <= 3 and all(type(d) is Doc for d in docs) for docs in found)
+    assert any(found) and len({str(docs) for docs in found}) > 1
+    assert simulate(engine, QUERIES[:7], share) == found
+    assert simulate(engine, QUERIES[:7], share, seed=1) != found
+    assert simulate(engine, QUERIES[:7], share, step=3) != found
+    assert all(len(docs) <= 1 for docs in simulate(engine, QUERIES[:7], share, k=1))
+
+
+def test_no_query_no_result(engine):
+    assert simulate(engine, [], 0.5) == []
+
+
+def test_only_the_helpful_prompt_tells_question_and_answer(engine, monkeypatch):
+    """And every query gets what was written for it, in the order of the queries."""
+    real, seen = simulator.rollout, []
+
+    def spied(model, tokenizer, template, questions, **more):
+        episodes = real(model, tokenizer, template, questions, **more)
+        for e in episodes:
+            query = e.question.text.splitlines()[0].removeprefix("Query: ")
+            e.segments[:] = e.segments[:1]
+            e.segments[0].text = f"Doc 1: for {query}"
+            seen.append((template, query, e.question, more))
+        return episodes
+
+    monkeypatch.setattr(simulator, "rollout", spied)
+    found = simulate(engine, QUERIES[:40], 0.5)
+    assert [docs[0].text for docs in found] == [f"for {query}" for query in QUERIES[:40]]
+    some = noisy(0, 2, 0.5)
+    helpful = {query for template, query, _, _ in seen if template is HELPFUL}
+    bare = {query for template, query, _, _ in seen if template is NOISY}
+    assert bare == {query for query, bad in zip(QUERIES[:40], some, strict=False) if bad}
+    assert helpful | bare == set(QUERIES[:40]) and not helpful & bare and helpful and bare
+    for template, query, question, more in seen:
+        i = QUERIES.index(query)
+        told = template is HELPFUL
+        assert (f"gold{i}" in question.text) == (f"where is w{i}" in question.text) == told
+        assert question.answers == [] and question.choices is None
+        assert more["temperature"] == 0.8 and more["max_completion_length"] == 600
+        assert (more["seed"], more["step"]) == (0, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# in training
+
+
+def spy(monkeypatch, cls) -> list:
+    """Every search of a simulator: (step, share, queries, questions)."""
+    calls, real = [], cls.search
+
+    def search(self, queries, k, questions):
+        assert len(queries) == len(questions)
+        found = real(self, queries, k, questions)
+        calls.append((self.step, self.share, queries, questions))
+        return found
+
+    monkeypatch.setattr(cls, "search", search)
+    return calls
+
+
+@pytest.fixture
+def eager(monkeypatch, world):  # noqa: F811
+    """A policy whose rows all begin with a search, and a reward that differs within a group."""
+    tokenizer = AutoTokenizer.from_pretrained(world["model"])
+    begin = tokenizer.convert_tokens_to_ids("<think> w1 </think> <search> w2 </search>".split())
+    streams, real, random = {}, rollout.sample, rollout.uniforms
+
+    def sample(logits, u, temperature):
+        tokens, logps = real(logits, u, temperature)
+        if temperature == 1.0:  # the policy, and not its simulator
+            for i, row in enumerate(u.tolist()):
+                tokens[i] = next(streams.setdefault(row, iter(begin)), tokens[i])
+        return tokens, logps
+
+    def reward(episode, question, **options):
+        return {"reward": sum(episode.ids) % 3 / 2, "em": 0.0}
+
+    monkeypatch.setattr(rollout, "uniforms", lambda n, *key: random(1, *key).repeat(n))  # a row's own number
+    monkeypatch.setattr(rollout, "sample", sample)
+    monkeypatch.setitem(grpo.REWARDS, "zerosearch", reward)
+
+
+@pytest.mark.parametrize("engine_is", ["corpus", "model"])
+def test_training_asks_the_simulator(world, monkeypatch, eager, engine_is):  # noqa: F811
+    """ZeroSearch for three steps: every search goes to the simulator, with its question and this step's
+    share of noise."""
+    calls = spy(monkeypatch, CorpusSimulator if engine_is == "corpus" else ModelSimulator)
+    flags = world | {"method": "zerosearch", "max_steps": "3", "noise_start": "0.2", "noise_end": "0.8"}
+    flags |= {"max_completion_length": "48", "topk": "1", "max_searches": "1"}
+    if engine_is == "model":
+        flags |= {"simulator": world["model"]}
+    assert run_main(flags) == 0
+    assert [(step, share) for step, share, _, _ in calls] == [(i, noise(i, 3, 0.2, 0.8)) for i in range(3)]
+    for _, _, queries, questions in calls:
+        assert queries == ["w2"] * 16
+        assert {q.source for q in questions} == {"known", "unknown"}
+    rows = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert [row["tools/failure_frequency"] for row in rows] == [0, 0, 0]
+    assert all(math.isfinite(row["grad_norm"]) for row in rows)
+    if engine_is == "corpus":
+        assert all(row["tools/call_frequency"] == 1 for row in rows)
+
+
+def test_a_simulator_needs_no_corpus(world):  # noqa: F811
+    """That is the point of one: without --eval there is nothing that a real search is for."""
+    world.pop("corpus")
+    flags = world | {"method": "zerosearch", "max_steps": "1", "simulator": world["model"]}
+    assert run_main(flags) == 0

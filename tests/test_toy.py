@@ -1,0 +1,150 @@
+"""python -m pytest tests/test_toy.py
+
+What the toy world's base models read: every dialect in its own form, right by its own reward, and a
+closed-book part that knows neither tool nor tags. Building the world is grpo.py's first command, not a test.
+"""
+
+import random
+import re
+
+import pytest
+
+import toy
+from data import COT, DIRECT, RAG, DataError, Question, Template
+from reward import METHODS, exact_match, parse_episode
+from rollout import Episode, Segment, decode
+
+WORLD = toy.World.make(0)
+TOKENIZER = toy.make_tokenizer(WORLD)
+DIALECTS = ["sem", "ssrl", "search-r1", "research"]
+SHAPES = {  # of a transcript: without a search, with one, with two
+    "sem": {"TA", "TASRTA", "TASRSRTA"},
+    "ssrl": {"TA", "TSRTA", "TSRSRTA"},
+    "search-r1": {"TA", "TSRTA", "TSRSRTA"},
+    "research": {"TA", "TSRTA", "TSRSRTA"},
+}
+
+
+def transcripts(method: str, n: int = 400, **options) -> list[tuple[str, str]]:
+    """(prompt, text): what stands before and behind the <assistant> of a transcript."""
+    rng, config = random.Random(f"test {method}"), toy.Config(method=method, **options)
+    rows = (decode(TOKENIZER, toy.transcript(WORLD, rng, config, TOKENIZER)) for _ in range(n))
+    return [row.split(" <assistant> ") for row in rows]
+
+
+def episode(text: str, method: str, question: Question) -> Episode:
+    """The text as the sampler would have cut it: a result is the environment's, unless the policy writes its
+    own, and </answer> or <eos> ends it."""
+    template = METHODS[method].template
+    assert text.endswith(" <eos>")
+    text = text.removesuffix(" <eos>")
+    parts = [text]
+    if not template.own_results:
+        parts = re.split(rf"( <{template.result}> .*? </{template.result}>)", text)
+    segments = [Segment("env" if i % 2 else "model", [], part) for i, part in enumerate(parts)]
+    stop = "answer" if template.answer_ends else "eos"
+    return Episode(question, [], segments=segments, searches=len(parts) // 2, stop=stop, template=template)
+
+
+def gold(prompt: str, text: str) -> tuple[str | None, str]:
+    """(the right answer by what the transcript's reader can know, kind of the question), found in the text
+    and the world by rules of our own; None where nobody could know."""
+    words = re.search(r"what is (?:the )?(.*) \?", prompt)[1].split()
+    told = {}
+    for relation, name, value in re.findall(r"(\w+) of (\w+) is (\w+) \.", text):
+        told.setdefault((relation, name), value)
+    if "plus" in words:
+        return str(int(words[0]) + int(words[2])), "arithmetic"
+    if "friend" in words:
+        return told.get((words[0], told.get(("friend", words[-1])))), "two_hop"
+    if words[-1] in WORLD.known:
+        return WORLD.facts[words[0], words[-1]], "known"
+    return told.get((words[0], words[-1])), "unknown"
+
+
+@pytest.mark.parametrize("method", DIALECTS)
+def test_every_transcript_is_a_right_episode(method):
+    """Parsed by the rules of the reward: its shape, its answer, and what it is paid."""
+    shapes, kinds, guesses = set(), set(), []
+    for prompt, text in transcripts(method, closed_book=0.0):
+        answer, kind = gold(prompt, text)
+        question = Question("1", "", [answer or "nobody knows"], "toy")
+        e = episode(text, method, question)
+        p = parse_episode(e)
+        searched = "S" in p.shape
+        shapes.add(p.shape)
+        kinds.add((kind, searched))
+        assert p.shape.count("S") == searched * (2 if kind == "two_hop" else 1), text
+        assert e.searches == (0 if method == "ssrl" else p.shape.count("S"))
+        if answer is None:
+            assert not searched and p.answer in toy.HOMES + toy.COLOURS
+            continue
+        assert exact_match(p.answer, question) == 1.0, text
+        paid = METHODS[method].reward(e, question, group=[e])["reward"]
+        if method == "sem":
+            assert p.valid
+            right = exact_match(p.first, question) == 1.0
+            assert right or kind in ("unknown", "two_hop")  # what it knows it also drafts
+            guesses += [right] * (kind in ("unknown", "two_hop"))
+            assert paid == (not right if searched else right)
+        elif method == "ssrl":
+            form = 0.5 if not searched else 2 / 3 if kind == "two_hop" else 1.0
+            assert paid == pytest.approx(0.9 + 0.1 * form)
+        else:
+            assert paid == 1.0
+    assert shapes == SHAPES[method]
+    assert kinds == {(k, s) for k in ("known", "unknown", "two_hop", "arithmetic") for s in (True, False)}
+    if guesses:  # drafts about the unknown are right by chance, one in twelve
+        assert 0 < sum(guesses) / len(guesses) < 0.25
+
+
+@pytest.mark.parametrize("method", DIALECTS)
+def test_how_often_a_base_model_searches(method):
+    rows = [(gold(*row)[1], "<search>" in row[1]) for row in transcripts(method, 1500, closed_book=0.0)]
+    for kinds, share in ((("known", "arithmetic"), 0.6), (("unknown", "two_hop"), 0.85)):
+        some = [searched for kind, searched in rows if kind in kinds]
+        assert sum(some) / len(some) == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("method", DIALECTS)
+def test_closed_book_transcripts_hold_no_tag(method):
+    for prompt, text in transcripts(method, 100, closed_book=1.0):
+        assert re.fullmatch(r"<user> what is [\w ]+ \?", prompt) and re.fullmatch(r"\w+ <eos>", text)
+        answer, kind = gold(prompt, text)
+        if kind in ("known", "arithmetic"):
+            assert text == f"{answer} <eos>"
+    told = transcripts(method, 1000)
+    assert sum("<tool>" not in prompt for prompt, _ in told) == pytest.approx(100, abs=35)
+    assert all(("<tool>" in prompt) == ("<think>" in text) for prompt, text in told)
+
+
+@pytest.mark.parametrize("template", [*(METHODS[m].template for m in METHODS), DIRECT, COT, RAG])
+def test_every_tag_is_one_token(template: Template):
+    for tag in template.tags:
+        for text in (f"<{tag}>", f"</{tag}>"):
+            [i] = TOKENIZER(text, add_special_tokens=False).input_ids
+            assert i != TOKENIZER.unk_token_id and decode(TOKENIZER, [i]) == text
+
+
+def test_no_word_of_the_world_is_unknown():
+    """All that a transcript says is in the vocabulary."""
+    for method in DIALECTS:
+        assert not any("<unk>" in text or "<unk>" in prompt for prompt, text in transcripts(method, 200))
+    assert "<unk>" not in decode(TOKENIZER, TOKENIZER("\\boxed{ oslo }").input_ids)
+
+
+def test_a_result_tells_no_fact_twice():
+    """Two values of one fact in one result: nothing to learn from but confusion."""
+    rng = random.Random(0)
+    for name in WORLD.unknown * 20:
+        docs = toy.results(WORLD, rng, "home", name, "oslo")
+        facts = [doc.text.rpartition(" is ")[0] for doc in docs]
+        assert len(facts) == len(set(facts)) == 2 and f"home of {name} is oslo ." in [
+            doc.text for doc in docs
+        ]
+
+
+def test_no_world_of_an_unknown_dialect(tmp_path):
+    with pytest.raises(DataError, match="--method semm"):
+        toy.build(toy.Config(output_dir=str(tmp_path / "world"), method="semm"))
+    assert not list(tmp_path.iterdir())
