@@ -34,7 +34,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -94,18 +93,17 @@ class SlotCache(Cache):
     def aim(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
         """Where the next forward pass writes and what it sees: the first `rows` slots, or these slots;
         `positions` [rows, new]."""
-        self.rows, self.positions, self.kv_len = rows, positions, kv_len
+        self.rows = (
+            slice(rows) if isinstance(rows, int) else rows
+        )  # of the first slots attention reads a view
+        index = torch.arange(rows, device=positions.device) if isinstance(rows, int) else rows
+        self.where = index[:, None], slice(None), positions  # [rows, new, kv_heads, head_dim] of a layer
+        self.kv_len = kv_len
 
     def update(self, key, value, layer, *args, **kwargs):  # key, value [rows, kv_heads, new, head_dim]
         keys, values = self.keys[layer], self.values[layer]
-        n, heads, new, head_dim = key.shape
-        if isinstance(self.rows, int):  # the first slots: what attention reads is a view, no copy
-            index = self.positions[:, None, :, None].expand(n, heads, new, head_dim)
-            keys[:n].scatter_(2, index, key.to(keys.dtype))
-            values[:n].scatter_(2, index, value.to(values.dtype))
-            return keys[:n, :, : self.kv_len], values[:n, :, : self.kv_len]
-        keys[self.rows[:, None], :, self.positions] = key.transpose(1, 2).to(keys.dtype)
-        values[self.rows[:, None], :, self.positions] = value.transpose(1, 2).to(values.dtype)
+        keys[self.where] = key.transpose(1, 2).to(keys.dtype)
+        values[self.where] = value.transpose(1, 2).to(values.dtype)
         return keys[self.rows, :, : self.kv_len], values[self.rows, :, : self.kv_len]
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -139,7 +137,7 @@ class Row:
 
     episode: Episode
     cap: int  # tokens it may hold after the prompt, results included
-    uniforms: np.ndarray  # its random stream: one number for each token it samples
+    uniforms: list[float]  # its random stream: one number for each token it samples
     length: int = 0  # positions of the cache that are filled
     sampled: list[int] = field(
         default_factory=list
@@ -253,7 +251,7 @@ class Sampler:
         self.retry = self.tokenizer(self.template.retry, add_special_tokens=False).input_ids
         self.force = self.tokenizer(f"\n<{self.template.search}>", add_special_tokens=False).input_ids
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, queue: deque[list[Row]]):
         step = 0
         while queue or any(self.table):
@@ -521,10 +519,10 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[t
     return tokens[:, 0], logp.gather(1, tokens)[:, 0]
 
 
-def uniforms(n: int, seed: int, step: int, row: int) -> np.ndarray:
+def uniforms(n: int, seed: int, step: int, row: int) -> list[float]:
     """The random stream of one row: `n` numbers in [0, 1), the same whatever else is in the batch."""
     key = int.from_bytes(hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=7).digest(), "big")
-    return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(key)).numpy()
+    return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(key)).tolist()
 
 
 def decode(tokenizer, ids: list[int]) -> str:

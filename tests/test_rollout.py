@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import rollout as module
-from data import RESEARCH, SEARCH_R1, SEM, SSRL, DataError, Doc, Question, Template, encode_result, render
+from data import RESEARCH, SEARCH_R1, SEM, SSRL, DataError, Doc, Question, encode_result, render
 from retriever import BM25, RetrieverError
 from reward import parse_episode, ssrl
 from rollout import SlotCache, by_tokens, end_ids, load_model, probe, rollout, sample, step_hidden, uniforms
@@ -151,7 +151,7 @@ def script(monkeypatch):
                 return tokens, torch.zeros(len(tokens))
             return tokens, torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0]
 
-        monkeypatch.setattr(module, "uniforms", lambda n, seed, step, row: np.full(n, float(row)))
+        monkeypatch.setattr(module, "uniforms", lambda n, seed, step, row: [float(row)] * n)
         monkeypatch.setattr(module, "sample", scripted)
 
     return start
@@ -334,7 +334,7 @@ def test_every_token_has_a_random_number_of_its_own(monkeypatch):
     )
     assert len(set(drawn)) == len(drawn) == sum(sum(e.loss_mask) for e in episodes)
     assert 0 <= min(drawn) and max(drawn) < 1
-    assert (uniforms(9, 1, 2, 3)[:4] == uniforms(4, 1, 2, 3)).all()
+    assert uniforms(9, 1, 2, 3)[:4] == uniforms(4, 1, 2, 3)
     streams = {
         uniforms(1, *key)[0] for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 10), (0, 11, 0)]
     }
@@ -360,13 +360,15 @@ def test_a_step_repeats_itself_and_differs_from_the_next():
 
 
 def agree(model, tokenizer, ours, theirs, temperature, cap):
-    """The same episodes, or the first token that differs is a float tie: both are within 1e-4 of being
-    right."""
+    """The same episodes, or the first token that differs is a float tie: both are within 1e-4 of being right.
+    One episode in ten may have one."""
+    ties = 0
     for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert (a.question, a.prompt_ids) == (b.question, b.prompt_ids)
         if a.ids == b.ids:
             assert (a.stop, a.searches, a.segments) == (b.stop, b.searches, b.segments)
             continue
+        ties += 1
         n = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y)
         logits = plain(model, tokenizer, a.prompt_ids + a.ids[:n])[-1]
         for token in a.ids[n], b.ids[n]:
@@ -375,9 +377,11 @@ def agree(model, tokenizer, ours, theirs, temperature, cap):
                 continue
             p, u = torch.softmax(logits.double() / temperature, -1), uniforms(cap, 0, 0, row)[n]
             assert p[:token].sum() - 1e-4 < u < p[: token + 1].sum() + 1e-4
+    assert ties <= len(ours) / 10
 
 
-@pytest.mark.parametrize("shape, temperature", [*((s, 0.0) for s in SHAPES), ("llama", 1.0), ("gpt2", 1.0)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_episodes_do_not_depend_on_how_many_rows_are_in_flight(shape, temperature):
     model, cap = build(shape, words()), 40
 
@@ -412,20 +416,33 @@ def test_greedy_one_by_one_and_in_another_order(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_is_generate_token_for_token(shape):
-    """A template whose search tag is in no vocabulary: one turn, as `generate` has it."""
-    model = build(shape, words(), extra=0)
-    ends = ids(words(), "<eos> <end>")
+    """At every turn `generate` says the same of the whole context; at slots = one group, three rows, all."""
+    model, ends = build(shape, words()), ids(words(), "<eos> <end>")
     model.generation_config.eos_token_id = ends
-    episodes = rollout(
-        model, words(), Template("", search="look"), questions(3), temperature=0.0, max_completion_length=25
-    )
-    for e in episodes:
-        prompt = torch.tensor([e.prompt_ids])
-        theirs = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=25,
-            eos_token_id=ends, pad_token_id=0,
+    beyond = list(range(len(words()), model.config.vocab_size))  # ids that no token has
+
+    @cache
+    def generate(context, n):
+        out = model.generate(
+            torch.tensor([context]), attention_mask=torch.ones(1, len(context), dtype=torch.long),
+            do_sample=False, max_new_tokens=n, eos_token_id=ends, pad_token_id=0,
+            suppress_tokens=beyond,
         )  # fmt: skip
-        assert theirs[0, len(e.prompt_ids) :].tolist() == e.ids
+        return out[0, len(context) :].tolist()
+
+    for slots in (1, 3, None):
+        episodes = rollout(
+            model, words(), SEM, questions(6), temperature=0.0, retriever=Shelf(), slots=slots,
+            max_completion_length=40,
+        )  # fmt: skip
+        assert sum(e.searches for e in episodes) >= 2
+        for e in episodes:
+            context = list(e.prompt_ids)
+            for segment in e.segments:
+                if segment.kind == "model":
+                    assert generate(tuple(context), len(segment.ids)) == segment.ids
+                context += segment.ids
+            assert (context[-1] in ends) == (e.stop == "eos")
 
 
 def test_padded_parts_of_a_prefill_stay_within_their_budget():
@@ -1035,6 +1052,11 @@ def test_topk_and_a_real_retriever(script):
     )
 
 
+TRACES = [  # tokens of the prompt, rows of a group, searches, tokens of a turn, tokens of a result
+    (150, 8, 2, 80, 450), (150, 8, 4, 80, 450), (300, 8, 3, 200, 500), (150, 16, 3, 100, 500),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_every_token_is_fed_once(shape, monkeypatch):
     """A prompt once for its group, a result once, a sampled token once, the last one never: and these are
@@ -1064,6 +1086,37 @@ def test_every_token_is_fed_once(shape, monkeypatch):
     assert counts["decode_tokens"] == sum(sum(e.loss_mask) - 1 for e in episodes)
     assert fed[0] == counts["prefill_tokens"] - 1000 + counts["decode_tokens"]
     assert len(shelf.calls) == serves[0] < sum(e.searches for e in episodes)
+
+
+@pytest.mark.parametrize("prompt, group, searches, said, result", TRACES)
+def test_prefill_is_at_most_half_of_the_loops_that_do_it_again(
+    script, monkeypatch, prompt, group, searches, said, result
+):
+    """Exactly the prompts and the results; the loop of TRL and Search-R1 has the whole context at every turn.
+    Nothing is computed here, only counted."""
+
+    def counted(model, cache, slots, tokens, positions, last, kv_len):
+        counts["fed"] += int((positions <= last[:, None]).sum())
+        return torch.zeros(*tokens.shape, 8)
+
+    monkeypatch.setattr(module, "step_hidden", counted)
+    tokenizer, counts = words(), {"fed": 0}
+    blank = len(render(SEM, Question("", "", [], ""), tokenizer))
+    asked = [Question(str(i), f"n{i}" + " of" * (prompt - blank - 1), ["n0"], "towers") for i in range(2)]
+    turn, last = (ids(tokenizer, "n1 " * (said - 1) + end) for end in ("<search>n0</search>", "<eos>"))
+    script([turn * searches + last] * (2 * group), tokenizer.eos_token_id, score=False)
+    model = build("llama", tokenizer, context=4096, hidden=8)
+    episodes = rollout(
+        model, tokenizer, SEM, asked, group_size=group, retriever=Shelf("tower " * (result - 4)),
+        max_completion_length=4000, counts=counts,
+    )  # fmt: skip
+    assert {len(e.prompt_ids) for e in episodes} == {prompt} and {e.stop for e in episodes} == {"eos"}
+    assert {len(s.ids) for e in episodes for s in e.segments if s.kind == "env"} == {result}
+    assert counts["prefill_tokens"] == 2 * (prompt + group * searches * result)
+    assert counts["decode_tokens"] == 2 * group * ((searches + 1) * said - 1)
+    assert counts["fed"] == counts["prefill_tokens"] + counts["decode_tokens"]
+    again = 2 * group * sum(prompt + turns * (said + result) for turns in range(searches + 1))
+    assert counts["prefill_tokens"] <= again / 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1139,6 +1192,7 @@ LONGROPE = {"rope_parameters": LONGROPE | {"rope_theta": 1e4}, "original_max_pos
 REFUSED = {
     "mistral": (lambda: other("mistral", sliding_window=63), "sliding window of 63 is shorter than 64"),
     "gemma3_text": (lambda: other("gemma3_text", sliding_window=32), "sliding window of 32"),
+    "gemma2 with a window": (lambda: other("gemma2", "eager", sliding_window=32), "sliding window of 32"),
     "gemma2": (lambda: other("gemma2", "eager", sliding_window=128), "gemma2: "),
     "gemma3_text with a cap": (
         lambda: other("gemma3_text", sliding_window=64, final_logit_softcapping=30.0),

@@ -1,0 +1,264 @@
+"""CPU seconds of a rollout beside transformers' `generate`: one process, one thread, the same tokens.
+
+    python bench/rollout.py              # about ten minutes; writes its tables into bench/RESULTS.md
+
+Several turns. The peer is the loop of TRL and Search-R1: `generate` until every row of the batch has asked
+or ended, then all results, then `generate` again over the whole contexts, padded on the left. It is told how
+many tokens a turn needs at most, and a row that has ended leaves the batch. Its results cost it nothing: it
+has their ids, while ours finds each query in the text and encodes the document.
+
+One turn. The peer is one `generate` over all rows; with mixed lengths it runs until the longest row ends.
+
+What is sampled comes from a script, so that both sides do the same work; at the end the ids are compared.
+Both compute the distribution and draw from it, and then the script's token takes the place of the drawn one.
+Prefill tokens are counted without padding; a sampled token that the next call of the model is fed is none.
+"""
+
+import gc
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing to fetch
+
+import torch
+from results import write
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
+
+import rollout
+from data import Doc, Question, Template
+
+VOCABULARY, ROUNDS, SEED = 4096, 5, 0
+TEMPLATE = Template("")
+EOS, SEARCH, ASK, DIGIT = 1, 6, 7, 100  # ids: the end, <search>, </search>, the word for 0
+AROUND = 3  # tokens of a result beside the words of its text: two tags, and the title
+
+
+@dataclass
+class Row:
+    """The script of an episode: what each turn samples, and the lengths of the results between the turns."""
+
+    turns: list[list[int]]
+    results: list[int]
+
+    def ids(self) -> list[int]:  # 0 where the environment writes
+        results = ([0] * n for n in [*self.results, 0])
+        return [i for turn, result in zip(self.turns, results, strict=True) for i in [*turn, *result]]
+
+
+def make_row(rng: random.Random, turns: list[int], results: list[int]) -> Row:
+    """Turns of so many tokens; all but the last end in a search for the length of its result."""
+    row = Row([], results)
+    for n, result in zip(turns, [*results, None], strict=True):
+        ask = [SEARCH, *(DIGIT + int(digit) for digit in str(result)), ASK] if result else [EOS]
+        row.turns.append([rng.randrange(200, VOCABULARY) for _ in range(n - len(ask))] + ask)
+    return row
+
+
+def uniform(group: int, searches: int, turn: int, result: int, prompts: int) -> list[Row]:
+    rng = random.Random(SEED)
+    return [
+        make_row(rng, [turn] * (searches + 1), [result] * searches)
+        for _ in range(prompts)
+        for _ in range(group)
+    ]
+
+
+def mixed(rows: int, searches: int, turn: tuple[int, int], result: tuple[int, int]) -> list[Row]:
+    """Rows of 0 to `searches` searches, with turns and results of so many tokens, all drawn evenly."""
+    rng = random.Random(SEED)
+    counts = [rng.randint(0, searches) for _ in range(rows)]
+    return [
+        make_row(rng, [rng.randint(*turn) for _ in range(n + 1)], [rng.randint(*result) for _ in range(n)])
+        for n in counts
+    ]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words are tokens; the tags hold ">", so after these the sampler looks for a closed tag."""
+    words = "<pad> <eos> <user> <assistant> <result> </result> <search> </search> <answer> </answer>".split()
+    words += [f"w{i}" for i in range(len(words), VOCABULARY)]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>",
+        chat_template="{{ '<user> ' + messages[-1]['content'] + ' <assistant>' }}",
+    )  # fmt: skip
+
+
+def make_model() -> Qwen2ForCausalLM:
+    torch.manual_seed(SEED)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+def make_questions(n: int, length: int) -> list[Question]:
+    """Prompts of `length` tokens: the chat template adds two."""
+    rng = random.Random(SEED)
+    texts = (" ".join(f"w{rng.randrange(200, VOCABULARY)}" for _ in range(length - 2)) for _ in range(n))
+    return [Question(str(i), text, ["-"], "bench") for i, text in enumerate(texts)]
+
+
+class Shelf:
+    """The query says how long its result is."""
+
+    def search(self, queries: list[str], k: int) -> list[list[Doc]]:
+        lengths = [int("".join(str(int(word[1:]) - DIGIT) for word in query.split())) for query in queries]
+        return [[Doc("0", "w99", " ".join(["w99"] * (n - AROUND)))] for n in lengths]
+
+
+def ours(model, tokenizer, questions, group: int, script: list[Row]) -> tuple[list[list[int]], int]:
+    """Contexts at the end, and the prefill tokens."""
+    width = max(len(row.ids()) for row in script)
+    padded = torch.tensor([token for row in script for token in row.ids() + [0] * (width - len(row.ids()))])
+    sample = rollout.sample
+
+    def scripted(logits, u, temperature):  # u says which token it is: see `numbered`
+        return padded[u.long()], sample(logits, u / len(padded), temperature)[1]
+
+    def numbered(n, seed, step, row):
+        return [float(i) for i in range(row * width, row * width + n)]
+
+    counts, kept = {}, (rollout.sample, rollout.uniforms)
+    rollout.sample, rollout.uniforms = scripted, numbered
+    try:
+        episodes = rollout.rollout(
+            model, tokenizer, TEMPLATE, questions, group_size=group, retriever=Shelf(), topk=1,
+            max_searches=100, max_completion_length=width, max_doc_tokens=width, counts=counts,
+        )  # fmt: skip
+    finally:
+        rollout.sample, rollout.uniforms = kept
+    return [e.prompt_ids + e.ids for e in episodes], counts["prefill_tokens"]
+
+
+class Scripted(LogitsProcessor):
+    """Makes `generate` sample the tokens of a script [rows, new]."""
+
+    def __init__(self, script: torch.Tensor):
+        self.script = iter(script.T[..., None])
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).scatter_(1, next(self.script), 0.0)
+
+
+@torch.no_grad()
+def peer(model, prompts: list[list[int]], script: list[Row], results: list[list[list[int]]]):
+    """The same of the loop over `generate`."""
+    contexts, prefill = [list(prompt) for prompt in prompts], 0
+    for turn in range(max(len(row.turns) for row in script)):
+        rows = [i for i, row in enumerate(script) if turn < len(row.turns)]
+        longest = max(len(contexts[i]) for i in rows)
+        new = max(len(script[i].turns[turn]) for i in rows)
+        ids = torch.tensor([[0] * (longest - len(contexts[i])) + contexts[i] for i in rows])
+        says = [script[i].turns[turn] for i in rows]
+        said = torch.tensor([tokens + [0] * (new - len(tokens)) for tokens in says])
+        pads = torch.tensor([longest - len(contexts[i]) for i in rows])
+        prefill += sum(len(contexts[i]) for i in rows)
+        out = model.generate(
+            ids, attention_mask=(torch.arange(longest) >= pads[:, None]).long(), do_sample=True, top_k=0,
+            max_new_tokens=new, logits_processor=[Scripted(said)],
+        )  # fmt: skip
+        for i, tokens, new_ids in zip(rows, says, out[:, longest:].tolist(), strict=True):
+            contexts[i] += new_ids[: len(tokens)]
+            if turn < len(script[i].results):
+                contexts[i] += results[i][turn]
+    return contexts, prefill
+
+
+def result_ids(context: list[int], prompt: int, row: Row) -> list[list[int]]:
+    """The results of an episode, cut out of its ids."""
+    lengths = [
+        n for turn, result in zip(row.turns, [*row.results, 0], strict=True) for n in (len(turn), result)
+    ]
+    ends = list(accumulate(lengths, initial=prompt))
+    return [context[a:b] for a, b in zip(ends[1::2], ends[2::2], strict=True)]
+
+
+def measure(
+    name: str, model, tokenizer, prompt: int, group: int, script: list[Row], rounds: int
+) -> list[str]:
+    """A row of a table."""
+    questions = make_questions(len(script) // group, prompt)
+    prompts = [rollout.render(TEMPLATE, q, tokenizer) for q in questions for _ in range(group)]
+    contexts, own_prefill = ours(model, tokenizer, questions, group, script)  # warm-up too
+    results = [result_ids(c, prompt, row) for c, row in zip(contexts, script, strict=True)]
+    best = {"peer": float("inf"), "ours": float("inf")}
+    for _ in range(rounds):
+        for side in best:
+            gc.collect()
+            start = time.process_time()
+            if side == "peer":
+                theirs, prefill = peer(model, prompts, script, results)
+            else:
+                ours(model, tokenizer, questions, group, script)
+            best[side] = min(best[side], time.process_time() - start)
+    assert theirs == contexts, "not the same tokens"
+    count = f"{prefill:,}", f"{own_prefill:,}", f"{own_prefill / prefill:.2f}"
+    times = f"{best['peer']:.2f}", f"{best['ours']:.2f}", f"{best['peer'] / best['ours']:.2f}x"
+    print(" | ".join((name, *count, *times)), flush=True)
+    return [name, *count, *times]
+
+
+def main():
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    model, tokenizer = make_model(), make_tokenizer()
+    several, single = [], []
+    for prompt, group, searches, turn, result in (
+        (150, 8, 2, 80, 450), (150, 8, 4, 80, 450), (300, 8, 3, 200, 500), (150, 16, 3, 100, 500),
+    ):  # fmt: skip
+        name = f"{prompt} / {group} / {searches} / {turn} / {result}"
+        script = uniform(group, searches, turn, result, prompts=16 // group)
+        several.append(measure(name, model, tokenizer, prompt, group, script, ROUNDS))
+    name = "150 / 8 / 0-4 / 20-100 / 100-500"
+    script = mixed(32, 4, (20, 100), (100, 500))
+    several.append(measure(name, model, tokenizer, 150, 8, script, ROUNDS))
+    for name, low in (("equal, 128", 128), ("mixed, 8-128", 8)):
+        script = mixed(64, 0, (low, 128), (0, 0))
+        single.append(measure(name, model, tokenizer, 32, 1, script, 2 * ROUNDS))
+    sides = ["`generate`, CPU s", "ours, CPU s", "ratio"]
+    head = ["P / G / searches / C / O", "prefill tokens, re-prefilling", "ours", "ratio", *sides]
+    several = [head, ["---:"] * len(head), *several]
+    single = [[row[0], *row[4:]] for row in single]
+    single = [["tokens a row", *sides], ["---:"] * 4, *single]
+    several, single = ("\n".join(f"| {' | '.join(row)} |" for row in rows) for rows in (several, single))
+    packages = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers"))
+    machine = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}"
+    weights = model.num_parameters() / 1e6
+    text = f"""## Rollouts: ours beside a loop over `generate`
+
+`python bench/rollout.py`, {date.today()}, {machine}.
+CPU time, one thread, seed {SEED}, the best of {ROUNDS} turns ({2 * ROUNDS} for one-turn episodes). A Qwen2 of
+{weights:.1f} M random weights (8 layers, width 256, {VOCABULARY:,} tokens), fp32; the sampled ids come from a
+script and are the same on both sides.
+
+Episodes of several turns: prompts of P tokens, groups of G, turns of C tokens, results of O; 16 rows, and 32
+in the last line. The peer prefills the whole context again at every turn, as TRL and Search-R1 do.
+
+{several}
+
+Episodes of one turn: 64 different prompts of 32 tokens; the peer is one `generate`.
+
+{single}"""
+    print(text)
+    write("rollout", text)
+
+
+if __name__ == "__main__":
+    main()
