@@ -195,6 +195,8 @@ class Remote:
     for each attempt. A failed connection, a timeout and a 5xx are tried again, up to `retries` times. A 4xx,
     a redirect and a wrong reply are a RetrieverError at once."""
 
+    remote = True  # a rollout asks it in a thread, and goes on meanwhile
+
     def __init__(self, url: str, timeout: float = 10.0, retries: int = 3):
         host = re.fullmatch(r"(?ai)https?://([\w.-]+|\[[\da-f:.]+\])(?::(\d+))?(/[!-~]*)?", url)
         if not host or int(host[2] or 0) > 65535:  # getaddrinfo takes 70000 for 4464

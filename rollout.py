@@ -1,15 +1,18 @@
 """Batched sampling through the search loop: questions in, token-exact episodes out. No `generate`, no
 re-tokenising, no re-prefilling.
 
-What happens to a group of two rows over time (columns are steps; every row keeps its slot of the cache until
-it ends):
+Two groups of two rows, and slots in the cache for one of them (columns are steps):
 
-    row 0   PPPP think.. answer.. search.. | RRRR | think.. answer.. <eos>
-    row 1   pppp think.. answer.. <eos>
-    mask    0000 1111111111111111111111111   0000   1111111111111111111111  (of row 0)
+    row 0   PPPP think.. answer.. search.. ~~~~ RRRR think.. answer.. <eos>
+    slot    0000 0000000000000000000000000 1111 1111 0000000000000000000000
+    mask    0000 1111111111111111111111111      0000 1111111111111111111111
+    row 1   pppp think.. answer.. think.. answer.. <eos>
+    slot    1111 1111111111111111111111111 0000000000000
+    row 2                                                                   PPPP think..
 
-    P  the prompt, prefilled once for the group      p  the same, copied from row 0's slot
-    R  a result, appended as one ragged prefill      mask  true exactly where the policy chose the token
+    P  a prompt, prefilled once for the group      p  the same, copied from row 0's slot
+    R  a result, appended as one ragged prefill    ~  waits for it; the rows that decode have the first slots
+    mask  true where the policy chose the token and learns from it
 
 A row stops for one of these reasons (`Episode.stop`):
 
@@ -31,6 +34,8 @@ import hashlib
 import math
 import os
 from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -46,7 +51,7 @@ from retriever import RetrieverError
 
 transformers_logging.disable_progress_bar()  # one bar is enough, and it is ours
 
-SERVE_EVERY = 8  # decode steps between two looks at the rows that wait; fixed, so that a run repeats itself
+SERVE_EVERY = 8  # decode steps between two looks at the rows that wait; fixed: a run repeats itself
 PREFILL_TOKENS = 16384  # padded tokens of one prefill pass: bounds its activations
 
 
@@ -178,10 +183,11 @@ def rollout(
 
     temperature 0 is greedy. `retriever.search(queries, topk)` returns a list of documents for each query, or
     raises RetrieverError; without a retriever any search is one too many. A retriever with `simulates` true
-    gets the questions too, as a third argument. At most `slots` rows are in flight (default: all), whole
-    groups at a time. Where the template's model writes its own results, `max_searches` of them are replaced
-    by real ones if there is a retriever (Sim2Real, arXiv 2508.10874); with `rising` only the first, and those
-    whose query was less certain than the one before. `force_search` puts a <search> behind the first answer
+    gets the questions too, as a third argument; one with `remote` true is asked in a thread while the other
+    rows go on. At most `slots` rows are in flight (default: all), whole groups at a time. Where the
+    template's model writes its own results, `max_searches` of them are replaced by real ones if there is a
+    retriever (Sim2Real, arXiv 2508.10874); with `rising` only the first, and those whose query was less
+    certain than the one before. `force_search` puts a <search> behind the first answer
     (the first thought, where the template has no draft): tokens that are not the policy's.
     `counts`, if given, is increased by the exact numbers of prefill_tokens and decode_tokens that the model
     was fed. Raises DataError if a prompt leaves no room in the model's context."""
@@ -244,6 +250,8 @@ class Sampler:
     table: list[Row | None]  # slot -> row
     bar: tqdm
     counts: dict = field(default_factory=lambda: {"prefill_tokens": 0, "decode_tokens": 0})
+    call: tuple[list[Row], Future] | None = None  # what a remote retriever is at
+    searches: int = 0  # of the rows that have ended
 
     def __post_init__(self):
         self.ends = end_ids(self.model, self.tokenizer)
@@ -257,9 +265,9 @@ class Sampler:
         while queue or any(self.table):
             self.admit(queue)
             waiting = [slot for slot, row in enumerate(self.table) if row and row.waits]
-            decoding = sum(row is not None for row in self.table) - len(waiting)
-            if waiting and (step % SERVE_EVERY == 0 or not decoding):
-                self.serve(waiting)
+            idle = len(waiting) == sum(row is not None for row in self.table)
+            if waiting and (step % SERVE_EVERY == 0 or idle):
+                self.serve(waiting, idle)
             if n := self.settle():
                 rows = self.table[:n]
                 self.counts["decode_tokens"] += n
@@ -292,11 +300,15 @@ class Sampler:
                 logits.repeat_interleave(torch.tensor([len(s) for s, _ in part], device=logits.device), 0),
             )
 
-    def serve(self, waiting: list[int]):
+    def serve(self, waiting: list[int], idle: bool):
         """One retriever call for all rows that ask; what a row is told follows its last token as one ragged
-        prefill."""
+        prefill. `idle`: no row decodes."""
         asking = [self.table[slot] for slot in waiting if self.table[slot].query is not None]
-        for row, docs in zip(asking, self.search(asking) if asking else [], strict=True):
+        if getattr(self.retriever, "remote", False):
+            answered = self.overlap(asking, idle and len(asking) == len(waiting))
+        else:
+            answered = zip(asking, self.search(asking) if asking else [], strict=True)
+        for row, docs in answered:
             if docs is None:
                 self.finish(row, "search_failed")
             else:
@@ -304,7 +316,7 @@ class Sampler:
                 row.reply = Segment("env", ids, decode(self.tokenizer, ids))
         told = []  # (slot, the row's last token and what it is told)
         for slot in waiting:
-            if (row := self.table[slot]) is None:
+            if (row := self.table[slot]) is None or row.reply is None:
                 continue
             episode, reply = row.episode, row.reply
             if len(episode.ids) + len(reply.ids) >= row.cap:
@@ -324,6 +336,18 @@ class Sampler:
             self.counts["decode_tokens"] += len(part)
             slots = [slot for slot, _ in part]
             self.take([self.table[slot] for slot in slots], self.forward(slots, [chunk for _, chunk in part]))
+
+    def overlap(self, asking: list[Row], wait: bool) -> Iterable:
+        """(row, documents) of the rows that a remote retriever has answered, after a `wait` if so told. It
+        works in a thread, one call at a time: who asks meanwhile is in the next one."""
+        answered = []
+        if self.call and (wait or self.call[1].done()):
+            asked, documents = self.call
+            answered, self.call = zip(asked, documents.result(), strict=True), None
+            asking = [row for row in asking if row not in asked]
+        if asking and not self.call:
+            self.call = asking, ThreadPoolExecutor(1).submit(self.search, asking)
+        return answered
 
     def settle(self) -> int:
         """Moves the rows that decode into the first slots, so that a decode step works on a view of the
@@ -484,6 +508,10 @@ class Sampler:
         self.end_segment(row)
         row.episode.stop = stop
         self.table[self.table.index(row)] = None
+        self.searches += row.episode.searches
+        if not self.bar.disable:
+            rate = self.counts["decode_tokens"] / max(self.bar.format_dict["elapsed"], 1e-3)
+            self.bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self.searches} searches", refresh=False)
         self.bar.update()
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import random
 import re
+import threading
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -609,6 +611,63 @@ def test_an_unanswered_query_ends_its_own_row_only(script):
     assert [e.stop for e in episodes] == ["eos", "search_failed", "eos"]
 
 
+class Distant(Shelf):
+    """Answers a call when `model` has been called `after` times more; the n-th one by fault[n], if any."""
+
+    remote = True
+
+    def __init__(self, model, after, fault=()):
+        super().__init__()
+        self.after, self.fault, self.steps, self.threads = after, fault, 0, set()
+        model.register_forward_pre_hook(self.count)
+
+    def count(self, *_):
+        self.steps += 1
+
+    def search(self, queries, k):
+        results, until = super().search(queries, k), self.steps + self.after
+        self.threads.add(threading.current_thread())
+        end = time.monotonic() + 30
+        while self.steps < until:
+            assert time.monotonic() < end, "nobody goes on"
+            time.sleep(1e-3)
+        return dict(self.fault).get(len(self.calls), lambda results: results)(results)
+
+
+def test_the_others_go_on_while_a_remote_retriever_works(script):
+    rows = ["n1 <search>n0</search> n2 <eos>", *["n3 " * 60 + "<eos>"] * 2]
+    rows += ["n1 " * 20 + "<search>n1</search> n2 <eos>", "n1 " * 21 + "<search>n2</search> <eos>"]
+    script([ids(words(), row) for row in rows], words().eos_token_id)
+    model = build("llama", words())
+    shelf = Distant(model.base_model, after=20)
+    episodes = rollout(model, words(), SEM, questions(5), retriever=shelf)
+    check(model, words(), episodes)
+    assert [e.stop for e in episodes] == ["eos"] * 5 and [e.searches for e in episodes] == [1, 0, 0, 1, 1]
+    assert [sorted(call) for call in shelf.calls] == [["n0"], ["n1", "n2"]]  # who asked meanwhile: one call
+    assert threading.main_thread() not in shelf.threads
+
+
+def test_a_remote_retriever_is_waited_for_when_nobody_can_go_on(script):
+    script([ids(words(), f"<search>n{i}</search> <eos>") for i in range(3)], words().eos_token_id)
+    model = build("llama", words())
+    shelf = Distant(model.base_model, after=0)
+    episodes = rollout(model, words(), SEM, questions(3), retriever=shelf)
+    assert [e.searches for e in episodes] == [1] * 3 and shelf.calls == [["n0", "n1", "n2"]]
+
+
+@pytest.mark.parametrize("fault", [refuse, lambda results: results[:-1]])
+def test_a_remote_search_that_fails_ends_the_rows_that_asked(script, capsys, fault):
+    rows = ["<search>n0</search> n1 <eos>", "n3 " * 60 + "<eos>", "n1 " * 20 + "<search>n1</search> <eos>"]
+    script([ids(words(), row) for row in rows], words().eos_token_id)
+    model = build("llama", words())
+    shelf = Distant(model.base_model, after=9, fault={1: fault})
+    episodes = rollout(model, words(), SEM, questions(3), retriever=shelf)
+    check(model, words(), episodes)
+    assert [e.stop for e in episodes] == ["search_failed", "eos", "eos"]
+    assert [e.searches for e in episodes] == [0, 0, 1]
+    assert re.fullmatch(r"warning: search failed: .*\n", capsys.readouterr().out)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the stop at </search>, however it is split
 
@@ -1019,16 +1078,18 @@ def test_an_empty_result_says_so(script):
     assert e.segments[1].text == "<result> No results . </result>" and e.searches == 1
 
 
-def test_each_row_gets_the_result_of_its_own_query(script):
+@pytest.mark.parametrize("remote", [False, True])
+def test_each_row_gets_the_result_of_its_own_query(script, remote):
     """Twelve rows ask at different steps, out of few slots, and twice."""
     rows = []
     for i in range(12):
         first, second = "n15 " * (i * 5 % 7), "n15 " * (i % 4)
         rows.append(f"{first} <search> n{i} </search> {second} <search> n{11 - i} </search> <eos>")
     script([ids(words(), row) for row in rows], words().eos_token_id)
-    model = build("llama", words())
+    model, shelf = build("llama", words()), Shelf()
+    shelf.remote = remote
     asked = [Question(str(i), "the tower ?", ["n0"], "s") for i in range(12)]
-    episodes = rollout(model, words(), SEM, asked, retriever=Shelf(), slots=5)
+    episodes = rollout(model, words(), SEM, asked, retriever=shelf, slots=5)
     check(model, words(), episodes)
     for i, e in enumerate(episodes):
         assert e.stop == "eos" and kinds(e) == ["model", "env"] * 2 + ["model"]
@@ -1068,9 +1129,9 @@ def test_every_token_is_fed_once(shape, monkeypatch):
         fed[0] += int((positions <= last[:, None]).sum())
         return step_hidden(model, cache, slots, tokens, positions, last, kv_len)
 
-    def counted_serve(sampler, waiting):
+    def counted_serve(*args):
         serves[0] += 1
-        return serve(sampler, waiting)
+        return serve(*args)
 
     monkeypatch.setattr(module, "step_hidden", counted)
     monkeypatch.setattr(module.Sampler, "serve", counted_serve)
@@ -1135,8 +1196,11 @@ def test_no_dropout_while_sampling_and_train_mode_afterwards():
     assert not model.training
 
 
-def test_train_mode_comes_back_after_an_error(script):
+@pytest.mark.parametrize("thread", [False, True])
+def test_train_mode_comes_back_after_an_error(script, thread):
     class Broken:
+        remote = thread
+
         def search(self, queries, k):
             raise KeyboardInterrupt
 
