@@ -504,6 +504,19 @@ def test_the_program(script, world, capsys):
     assert row["answer"] == "gold 5" and row["right"] and row["searches"] == 1 and row["set"] == "rivers"
 
 
+def test_what_the_base_model_knows_is_known_by_set(script, world, tmp_path):
+    """Two sets may use the same ids."""
+    (tmp_path / "copy.jsonl").write_text((tmp_path / "towers.jsonl").read_text())
+    (tmp_path / "base.json").write_text('{"known": {"towers": ["q3", "q0"], "elsewhere": ["q4"]}}')
+    flags = world | {
+        "data": f"{tmp_path}/towers.jsonl,{tmp_path}/copy.jsonl",
+        "known": tmp_path / "base.json",
+    }
+    told = run(flags, "--no-closed_book")["measures"]
+    assert told["towers"]["over_search_base"]["value"] == 1 / 2  # q3 is searched, q0 is not
+    assert "over_search_base" not in told["copy"] and told["all"]["over_search_base"]["n"] == 2
+
+
 def test_the_same_table_twice(world, capsys):
     """Greedy, the bootstrap seeded, the questions drawn once: eval.json is the same byte for byte."""
     small = ("--eval_size", "3", "--max_completion_length", "12", "--samples", "2", "--batch_size", "4")
