@@ -287,7 +287,7 @@ def script(monkeypatch):
                 tokens.append(next(now["streams"][row]))
             return torch.tensor(tokens), torch.zeros(len(tokens))
 
-        monkeypatch.setattr(rollout, "uniforms", lambda n, seed, step, row: np.full(n, float(row)))
+        monkeypatch.setattr(rollout, "uniforms", lambda n, seed, step, row: [float(row)] * n)
         monkeypatch.setattr(rollout, "sample", scripted)
         monkeypatch.setattr(evaluate, "rollout", spied)
 
