@@ -287,7 +287,7 @@ def script(monkeypatch):
                 tokens.append(next(now["streams"][row]))
             return torch.tensor(tokens), torch.zeros(len(tokens))
 
-        monkeypatch.setattr(rollout, "uniforms", lambda n, seed, step, row: np.full(n, float(row)))
+        monkeypatch.setattr(rollout, "uniforms", lambda n, seed, step, row: [float(row)] * n)
         monkeypatch.setattr(rollout, "sample", scripted)
         monkeypatch.setattr(evaluate, "rollout", spied)
 
@@ -502,6 +502,19 @@ def test_the_program(script, world, capsys):
     [row] = [r for r in rows if r["id"] == "q5" and r["pass"] == "forced"]
     assert [s["kind"] for s in row["segments"]] == ["model", "forced", "model", "env", "model"]
     assert row["answer"] == "gold 5" and row["right"] and row["searches"] == 1 and row["set"] == "rivers"
+
+
+def test_what_the_base_model_knows_is_known_by_set(script, world, tmp_path):
+    """Two sets may use the same ids."""
+    (tmp_path / "copy.jsonl").write_text((tmp_path / "towers.jsonl").read_text())
+    (tmp_path / "base.json").write_text('{"known": {"towers": ["q3", "q0"], "elsewhere": ["q4"]}}')
+    flags = world | {
+        "data": f"{tmp_path}/towers.jsonl,{tmp_path}/copy.jsonl",
+        "known": tmp_path / "base.json",
+    }
+    told = run(flags, "--no-closed_book")["measures"]
+    assert told["towers"]["over_search_base"]["value"] == 1 / 2  # q3 is searched, q0 is not
+    assert "over_search_base" not in told["copy"] and told["all"]["over_search_base"]["n"] == 2
 
 
 def test_the_same_table_twice(world, capsys):

@@ -258,9 +258,9 @@ def eager(monkeypatch, world):  # noqa: F811
     def reward(episode, question, **options):
         return {"reward": sum(episode.ids) % 3 / 2, "em": 0.0}
 
-    monkeypatch.setattr(rollout, "uniforms", lambda n, *key: random(1, *key).repeat(n))  # a row's own number
+    monkeypatch.setattr(rollout, "uniforms", lambda n, *key: random(1, *key) * n)  # a row's own number
     monkeypatch.setattr(rollout, "sample", sample)
-    monkeypatch.setitem(grpo.REWARDS, "zerosearch", reward)
+    monkeypatch.setitem(grpo.REWARDS, "eager", reward)
 
 
 @pytest.mark.parametrize("engine_is", ["corpus", "model"])
@@ -269,7 +269,7 @@ def test_training_asks_the_simulator(world, monkeypatch, eager, engine_is):  # n
     share of noise."""
     calls = spy(monkeypatch, CorpusSimulator if engine_is == "corpus" else ModelSimulator)
     flags = world | {"method": "zerosearch", "max_steps": "3", "noise_start": "0.2", "noise_end": "0.8"}
-    flags |= {"max_completion_length": "48", "topk": "1", "max_searches": "1"}
+    flags |= {"max_completion_length": "48", "topk": "1", "max_searches": "1", "reward": "eager"}
     if engine_is == "model":
         flags |= {"simulator": world["model"]}
     assert run_main(flags) == 0
