@@ -36,9 +36,10 @@ from tqdm import tqdm
 
 from config import fail, parse
 from data import COT, DIRECT, RAG, DataError, Question, Template, encode_foreign, load, paragraphs, render
+from model import load_model, probe
 from retriever import BM25, Remote, RetrieverError, load_corpus
 from reward import METHODS, exact_match, f1, parse_episode
-from rollout import Episode, decode, load_model, probe, rollout
+from rollout import Episode, decode, rollout
 
 
 @dataclass

@@ -37,8 +37,9 @@ import toy
 from config import fail, parse
 from data import DataError, mix, render
 from evaluate import evaluate, load_sets, markdown, open_retriever, summary
+from model import load_model, probe
 from reward import METHODS, REWARDS, exact_match, parse_episode, sandbag_suspects
-from rollout import Episode, by_tokens, kv_bytes, load_model, probe, rollout
+from rollout import Episode, by_tokens, kv_bytes, rollout
 from simulator import CorpusSimulator, ModelSimulator, noise
 
 

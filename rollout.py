@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,16 +39,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
-from transformers.utils import logging as transformers_logging
 
 from data import SEM, DataError, Question, Template, encode_result, render
 from retriever import RetrieverError
-
-transformers_logging.disable_progress_bar()  # one bar is enough, and it is ours
 
 SERVE_EVERY = 8  # decode steps between two looks at the rows that wait; fixed: a run repeats itself
 PREFILL_TOKENS = 16384  # padded tokens of one prefill pass: bounds its activations
@@ -595,105 +589,3 @@ def room(model, prompt: list[int], question: Question, max_completion_length: in
             f"the prompt of {where} has {len(prompt)} tokens, the model's context holds {context}"
         )
     return min(max_completion_length, context - len(prompt))
-
-
-def load_model(name: str, device, dtype=torch.float32):
-    """(model, tokenizer) of a hub id or a local directory. Raises DataError, one line, for whatever is
-    missing.
-
-    No remote code, ever; SDPA attention, since the sampler's masks are boolean."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        kind = "directory" if os.path.isdir(name) else "hub id"
-        said = first_line(error)
-        raise DataError(f"--model {name}: no model and tokenizer from this {kind}: {said}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
-        raise DataError(f"--model {name}: {len(missing)} of its weights are missing, {missing[0]} for one")
-    if not len(tokenizer) or not tokenizer.is_fast:
-        raise DataError(f"--model {name}: it has no tokenizer.json")
-    if not tokenizer.chat_template:
-        raise DataError(f"--model {name}: its tokenizer has no chat template")
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"--model {name}: its tokenizer has no end token")
-    if len(tokenizer) > model.get_output_embeddings().weight.shape[0]:
-        raise DataError(f"--model {name}: its tokenizer has more tokens than the model has logits")
-    for module in model.modules():  # a policy without dropout: with it every ratio would be noise
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model.to(device), tokenizer
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
-
-
-@torch.no_grad()
-def probe(model, tokenizer, max_len: int):
-    """Refuses, in one clear line, a model that this sampler or the loss would get wrong. One short ragged
-    batch tells.
-
-    Raises DataError for a sliding window shorter than `max_len`, for rotary angles that change with the
-    longest row of a batch (longrope), for attention that is wrong under our masks, and for a head that is
-    more than hidden @ lm_head.T (a bias, soft-capping, a logit scale), since kernels/ computes the logits
-    itself."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window and slides and getattr(config, "use_sliding_window", True) and max_len > window:
-        length = f"{max_len} tokens of prompt and completion"
-        raise DataError(f"{config.model_type}: its sliding window of {window} is shorter than {length}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope" and max_len > (n := rope["original_max_position_embeddings"]):
-        raise DataError(f"{config.model_type}: its longrope changes at {n} tokens, {max_len} are needed")
-    size = min(len(tokenizer), config.vocab_size)
-    ids = torch.arange(14, device=model.device).view(2, 7) * 37 % size
-    was_training = model.training
-    model.eval()
-    try:
-        plain = model(input_ids=ids)
-        hidden = model.base_model(input_ids=ids).last_hidden_state
-        cache = SlotCache(model.config, 2, 8, model.device, model.dtype)
-        lengths = torch.tensor(
-            [5, 3], device=model.device
-        )  # a ragged prefill of 5 and 3 tokens, then 2 and 4 more
-        first, second = torch.arange(5, device=model.device), torch.arange(4, device=model.device)
-        step_hidden(
-            model,
-            cache,
-            torch.tensor([0, 1], device=model.device),
-            ids[:, :5],
-            first.expand(2, 5),
-            lengths - 1,
-            5,
-        )
-        rest = torch.stack([ids[0, [5, 6, 6, 6]], ids[1, 3:]])
-        ours = step_hidden(model, cache, 2, rest, lengths[:, None] + second, torch.full_like(lengths, 6), 7)
-    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise DataError(
-            f"{config.model_type}: can not be sampled through the slot cache: {first_line(error)}"
-        ) from error
-    finally:
-        model.train(was_training)
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    scale = hidden.abs().max().item()
-    if (
-        max((ours[0, :2] - hidden[0, 5:]).abs().max().item(), (ours[1] - hidden[1, 3:]).abs().max().item())
-        > tolerance * scale
-    ):
-        raise DataError(
-            f"{config.model_type}: attention through the slot cache differs from a plain forward pass"
-        )
-    head = model.get_output_embeddings()
-    gap = (hidden @ head.weight.T - plain.logits).abs().max().item()
-    # a small bias or small logits under a cap hide in the tolerance
-    more = getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None)
-    if more or gap > tolerance * plain.logits.abs().max().item():
-        raise DataError(
-            f"{config.model_type}: its logits are not hidden @ lm_head.T (a bias, soft-capping or a scale)"
-        )

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import rollout as module
 from data import RESEARCH, SEARCH_R1, SEM, SSRL, DataError, Doc, Question, encode_result, render
+from model import load_model, probe
 from retriever import BM25, RetrieverError
 from reward import parse_episode, ssrl
-from rollout import SlotCache, by_tokens, end_ids, load_model, probe, rollout, sample, step_hidden, uniforms
+from rollout import SlotCache, by_tokens, end_ids, rollout, sample, step_hidden, uniforms
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
 SHAPES = ["qwen2", "qwen3", "llama", "gpt2"]
