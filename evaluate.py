@@ -81,7 +81,9 @@ class Record:
     f1: float
     searches: int
     tokens: int  # written by the policy
-    draft: bool | None = None  # the first answer, before any search, has F1 >= tau; None: there is none
+    draft: bool | None = (
+        None  # the first answer has F1 >= tau; a missing one is wrong; None: the method has none
+    )
     known: bool | None = None  # right closed-book
     known_base: bool | None = None  # right closed-book for the model of --known
     forced: bool | None = None  # right in the forced pass

@@ -734,6 +734,7 @@ def check(config: Config) -> Config:
         raise DataError(f"--reward {config.reward}: must be one of {', '.join(REWARDS)}")
     talks = METHODS[config.method].template
     needs = {"sem": talks.draft, "research": talks.boxed, "ssrl": talks.own_results}
+    needs |= dict.fromkeys(("otc", "flat"), not talks.own_results)  # to search oneself costs nothing there
     if not needs.get(config.reward.partition("_")[0], True):
         raise DataError(f"--reward {config.reward}: it does not fit what --method {config.method} writes")
     if METHODS[config.method].simulated and config.retriever and not config.simulator:

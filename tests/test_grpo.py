@@ -664,6 +664,7 @@ REFUSED = {
     "reward": ({"reward": "em"}, "--reward em: must be one of sem"),
     "no draft": ({"method": "search-r1", "reward": "sem"}, "--reward sem: it does not fit"),
     "no draft to keep": ({"method": "research", "reward": "sem_kept"}, "--reward sem_kept: it does not fit"),
+    "no search to count": ({"method": "ssrl", "reward": "flat"}, "--reward flat: it does not fit"),
     "no box": ({"reward": "research"}, "--reward research: it does not fit what --method sem"),
     "no box either": ({"method": "ssrl", "reward": "research_paper"}, "--reward research_paper: it does not"),
     "results of its own": ({"method": "zerosearch", "reward": "ssrl"}, "--reward ssrl: it does not fit"),
@@ -696,7 +697,7 @@ def test_refused(case, world, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_rewards_that_fit(method):
     """Those that read the final answer alone fit every method."""
-    for name in ("", method, "search-r1", "zerosearch", "otc", "flat"):
+    for name in ("", method, "search-r1", "zerosearch", *(() if method == "ssrl" else ("otc", "flat"))):
         config = grpo.Config(method=method, reward=name)
         assert grpo.check(config) == config
 
