@@ -39,6 +39,10 @@ class Question:
     source: str  # name of the data set: the mix is balanced by it and the metrics are split by it
     choices: list[str] | None = None  # the options of a multiple-choice question, A first
 
+    def in_words(self) -> list[str]:
+        """The answers as a reader sees them: of multiple choice the options' texts."""
+        return [self.choices[ord(a) - 65] for a in self.answers] if self.choices else self.answers
+
 
 @dataclass(frozen=True)
 class Doc:

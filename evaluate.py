@@ -6,9 +6,10 @@
 
 Whole sets in their own order, the sampler of training with temperature 0, up to three passes with one budget:
 
-    normal        as in training
+    normal        as in training, with the run's own budget if --model is the folder of a run
     closed-book   a prompt of its own that mentions neither tool nor tags: what is right is *known*
-    forced        a <search> is put behind the first answer (or thought): what an always-searching policy gets
+    forced        a <search> is put behind the first answer (or thought), if there is one: what a policy gets
+                  that always searches
 
 Out come a table on stdout, every measure with its definition, the number of questions it is about and a 95 %
 interval (Wilson's for shares, bootstrap for the rest), the same in eval.json with the ids of what is known,
@@ -49,8 +50,10 @@ class Config:
     model: str = ""  # hub id or local directory
     data: str = ""  # data sets, comma-separated: a name (hub), name:path, or a path to JSONL
     method: str = ""  # how the model was trained to talk; none: as its run.json says, else sem
-    baseline: str = ""  # in its place: direct, cot, rag (retrieve once), always (search always, by force)
-    real_searches: str = ""  # ssrl: self-written results replaced by real ones: the first K, all, or entropy
+    baseline: str = ""  # instead of the method: direct, cot, rag (retrieve once), always (search by force)
+    real_searches: str = (
+        ""  # ssrl: results replaced by real ones: the first K, all (--max_searches) or entropy
+    )
     corpus: str = ""  # JSONL of {"id", "contents"}; none: the paragraphs that multi-hop sets bring along
     retriever: str = ""  # URL of a /retrieve server, in place of a corpus
     topk: int = 5  # documents a search returns (ReSearch, arXiv 2503.19470)
@@ -58,13 +61,13 @@ class Config:
     max_completion_length: int = 8192  # tokens after the prompt, results included
     max_doc_tokens: int = 512  # tokens a document is cut to
     eval_size: int = 0  # questions of each set, drawn once; 0: all
-    batch_size: int = 64  # rows in flight
+    batch_size: int = 64  # episodes sampled at once; fewer take less memory
     tau: float = 0.5  # F1 from which a draft counts as right
-    known: str = ""  # eval.json of the base model: over_search for what *it* knew, too
-    closed_book: bool = True  # the closed-book and the forced pass, which most measures need
+    known: str = ""  # eval.json that this program wrote of the base model: over_search for what it knew
+    closed_book: bool = True  # two more passes, three times the time; over_search and others need them
     samples: int = 0  # sampled episodes a question for pass@k (SSRL); 0: none
     judge_url: str = ""  # OpenAI-compatible endpoint that judges answers (LJ); the key is in OPENAI_API_KEY
-    judge_model: str = "gpt-4o-mini"  # (ReSearch)
+    judge_model: str = "gpt-4o-mini"  # its model; this one is ReSearch's
     output: str = "eval.json"  # where the figures are written
 
 
@@ -81,9 +84,7 @@ class Record:
     f1: float
     searches: int
     tokens: int  # written by the policy
-    draft: bool | None = (
-        None  # the first answer has F1 >= tau; a missing one is wrong; None: the method has none
-    )
+    draft: bool | None = None  # the first answer has F1 >= tau; None: the method has no drafts
     known: bool | None = None  # right closed-book
     known_base: bool | None = None  # right closed-book for the model of --known
     forced: bool | None = None  # right in the forced pass
@@ -100,7 +101,7 @@ SHARES: dict[
 ] = {  # name: definition, of which records, which of them count
     "em": ("exact match", lambda r: True, lambda r: r.em),
     "lj": ("right for the judge", lambda r: r.judged is not None, lambda r: r.judged),
-    "sr": ("P(searched): SEM's search ratio", lambda r: True, lambda r: r.searched),
+    "sr": ("P(searched a corpus or server): SEM's search ratio", lambda r: True, lambda r: r.searched),
     "known": ("P(right closed-book)", lambda r: r.known is not None, lambda r: r.known),
     "over_search": (
         "P(searched | known): QOR of SAAS (arXiv 2605.29796)",
@@ -256,7 +257,8 @@ def evaluate(
         if closed_book:
             passes["known"] = passes["normal"] if template == DIRECT else sample("closed-book", DIRECT, None)
         if closed_book and retriever is not None and not template.raw:
-            passes["forced"] = sample("forced", template, retriever, force_search=True, rising=False)
+            more = {"force_search": True, "rising": False}
+            passes["forced"] = passes["normal"] if force else sample("forced", template, retriever, **more)
         if samples:
             hot = {"group_size": samples, "temperature": 1.0}
             many = sample("sampled", template, retriever, force_search=force, **hot)
@@ -283,6 +285,8 @@ def evaluate(
             if samples:
                 record.sampled = [is_right(e) for e in many[i * samples :][:samples]]
             table[name].append(record)
+        if failed == len(questions):
+            raise DataError(f"{name}: the retriever failed on every question")
         if failed:
             tqdm.write(f"warning: {name}: {failed} searches failed, their questions are left out")
     return table
@@ -296,10 +300,10 @@ def retrieve_once(sets: dict[str, list[Question]], retriever, topk: int, max_doc
     """Naive RAG: every question with the `topk` documents that a search for it returns, in its prompt."""
     told = {}
     for name, questions in sets.items():
-        told[name] = []
-        for question, docs in zip(
-            questions, retriever.search([q.text for q in questions], topk), strict=True
-        ):
+        told[name], found = [], []
+        for i in range(0, len(questions), 256):  # a server does not take a whole set at once
+            found += retriever.search([q.text for q in questions[i : i + 256]], topk)
+        for question, docs in zip(questions, found, strict=True):
             lines = []
             for i, doc in enumerate(docs, 1):
                 ids = encode_foreign(f"{doc.title}: {doc.text}", tokenizer, RAG)[:max_doc_tokens]
@@ -318,7 +322,9 @@ def judge(question: Question, answer: str, url: str, model: str) -> bool | None:
     asked = (
         "Is the answer right? It is right if it means the same as at least one of the reference answers. "
         'Reply with JSON only: {"rationale": "...", "judgement": "correct" or "incorrect"}.\n\n'
-        f"Question: {question.text}\nReference answers: {json.dumps(question.answers)}\nAnswer: {answer}"
+        f"Question: {question.text}\n"
+        + "".join(f"{chr(65 + i)}. {choice}\n" for i, choice in enumerate(question.choices or []))
+        + f"Reference answers: {json.dumps(question.answers + question.in_words())}\nAnswer: {answer}"
     )
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": asked}]}
     key = os.environ.get("OPENAI_API_KEY", "")
@@ -409,10 +415,27 @@ def open_retriever(url: str, corpus: str, specs: dict[str, str]):
 # the program
 
 
-def check(config: Config) -> Config:
-    """Values that make no sense, before anything is loaded; fills in the method."""
-    if not config.model or not config.data:
-        raise DataError("--model and --data are needed")
+def as_trained(config: Config, given: set[str]) -> Config:
+    """Takes what is not `given` from the run.json of the model: its method and its budget."""
+    folder = Path(config.model)
+    run = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+    if not run.exists():
+        return replace(config, method=config.method or "sem")
+    try:
+        stored = json.loads(run.read_text())
+        names = set("topk max_searches max_completion_length max_doc_tokens tau".split()) - given
+        same = {name: type(getattr(config, name))(stored[name]) for name in names & set(stored)}
+        return replace(config, method=config.method or str(stored.get("method", "sem")), **same)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{run}: not the settings of a run; give --method") from error
+
+
+def check(config: Config, given: set[str] = frozenset()) -> Config:
+    """Values that make no sense, before anything is loaded; fills in what the run of the model tells."""
+    for name in ("model", "data", "output"):
+        if not getattr(config, name):
+            raise DataError(f"--{name} is needed")
+    config = as_trained(config, given)
     for name in ("topk", "max_completion_length", "max_doc_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise DataError(f"--{name} {getattr(config, name)}: must be at least 1")
@@ -421,15 +444,6 @@ def check(config: Config) -> Config:
             raise DataError(f"--{name} {getattr(config, name)}: must be at least 0")
     if not 0 <= config.tau <= 1:
         raise DataError(f"--tau {config.tau}: must be between 0 and 1")
-    method, run = config.method, Path(config.model) / "run.json"
-    if Path(config.model).name.startswith("checkpoint-"):
-        run = Path(config.model).parent / "run.json"
-    if not method and run.exists():
-        try:
-            method = json.loads(run.read_text()).get("method", "sem")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{run}: not the settings of a run; give --method") from error
-    config = replace(config, method=method or "sem")
     if config.method not in METHODS:
         raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     if config.baseline not in ("", "direct", "cot", "rag", "always"):
@@ -442,8 +456,8 @@ def check(config: Config) -> Config:
     return config
 
 
-def main(config: Config):
-    config = check(config)
+def main(config: Config, given: set[str] = frozenset()):
+    config = check(config, given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sets = load_sets(config.data, "test", config.eval_size)
     known = {}
@@ -471,7 +485,12 @@ def main(config: Config):
 
     output = Path(config.output)
     transcripts = output.with_name(output.stem + "_transcripts.jsonl")
+    output.parent.mkdir(parents=True, exist_ok=True)
     transcripts.write_text("")
+    if config.judge_url:
+        first = next(iter(sets.values()))[0]
+        if judge(first, first.in_words()[0], config.judge_url, config.judge_model) is None:
+            raise DataError(f"--judge_url {config.judge_url}: no verdict from it")
 
     def log(name: str, kind: str, episodes: list[Episode]):
         with open(transcripts, "a", encoding="utf-8") as file:
@@ -517,8 +536,8 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    config, _ = parse(Config, "evaluate.py")
+    config, given = parse(Config, "evaluate.py")
     try:
-        main(config)
+        main(config, given)
     except (DataError, RetrieverError, OSError) as error:
         fail("evaluate.py", error)

@@ -78,7 +78,9 @@ class Config:
     noise_end: float = 0.5  # and at the end (ZeroSearch)
     # reward
     tau: float = 0.5  # F1 from which the first answer counts as known (not published; our choice)
-    sem_kept: float | None = None  # our repair: a right draft then a search keeps (1 - this) F1(a2); SEM: 0
+    sem_kept: float | None = (
+        None  # our repair: a right draft then a search earns (1 - this) F1(a2); SEM: nothing
+    )
     # objective
     beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
     epsilon: float = 0.2  # lower clip of the ratio (ReSearch)
@@ -374,7 +376,9 @@ class Run:
             self.retriever = open_retriever(config.retriever, config.corpus, specs)
         self.engine = self.retriever  # of the training
         if self.method.simulated and config.simulator:
-            self.engine = ModelSimulator(*load_model(config.simulator, device, dtype), config.seed)
+            player = load_model(config.simulator, device, dtype, "--simulator")
+            probe(*player, 1024)  # its prompt and 600 tokens, roughly
+            self.engine = ModelSimulator(*player, config.seed)
         elif self.method.simulated:
             self.engine = CorpusSimulator(self.retriever, config.seed)
         self.model, self.tokenizer = load_model(config.model, device)
@@ -619,9 +623,7 @@ def train(run: Run) -> int:
                 )
             idle = idle + 1 if skipped(metrics) else 0
             if idle == 10:
-                raise DataError(
-                    f"step {run.step}: no finite gradient ten times in a row; the last checkpoint is kept"
-                )
+                raise DataError(f"step {run.step}: no finite gradient ten times in a row")
             if run.step % config.save_steps == 0 or run.step == config.max_steps:
                 run.save_checkpoint()
             signals.release()
@@ -673,11 +675,16 @@ def resolve(config: Config, given: set[str]) -> Config:
             raise DataError(f"--resume: {stored} is not the settings of a run: {error}") from error
         free = {"resume", "output_dir", "max_steps", "save_steps", "save_total_limit", "log_completions"}
         free |= {"retriever", "rollout_slots", "micro_batch_tokens", "gradient_checkpointing"}
+        if before.method == "zerosearch":
+            free -= {"max_steps"}  # the share of noise depends on it
         if wrong := [n for n in sorted(given - free) if getattr(config, n) != getattr(before, n)]:
             raise DataError(
                 f"--resume: --{wrong[0]} is {getattr(before, wrong[0])} in {stored} and can not be changed"
             )
-        return check(replace(before, **{name: getattr(config, name) for name in given}))
+        try:
+            return check(replace(before, **{name: getattr(config, name) for name in given}))
+        except TypeError as error:
+            raise DataError(f"--resume: {stored}: a value has the wrong type: {error}") from error
     if toy_run:
         defaults = TOY | {"output_dir": config.output_dir}
         config = replace(config, **{name: value for name, value in defaults.items() if name not in given})
@@ -733,10 +740,15 @@ def check(config: Config) -> Config:
     if config.reward and config.reward not in REWARDS:
         raise DataError(f"--reward {config.reward}: must be one of {', '.join(REWARDS)}")
     talks = METHODS[config.method].template
-    needs = {"sem": talks.draft, "research": talks.boxed, "ssrl": talks.own_results}
+    needs = dict.fromkeys(("sem", "sem_kept"), talks.draft) | {"ssrl": talks.own_results}
+    needs |= dict.fromkeys(("research", "research_paper"), talks.boxed)
     needs |= dict.fromkeys(("otc", "flat"), not talks.own_results)  # to search oneself costs nothing there
-    if not needs.get(config.reward.partition("_")[0], True):
+    if not needs.get(config.reward, True):
         raise DataError(f"--reward {config.reward}: it does not fit what --method {config.method} writes")
+    if config.simulator and not METHODS[config.method].simulated:
+        raise DataError(f"--simulator {config.simulator}: --method {config.method} does not use one")
+    if config.sem_kept is not None and (config.reward or config.method) not in ("sem", "sem_kept"):
+        raise DataError(f"--sem_kept {config.sem_kept}: only for the rewards sem and sem_kept")
     if METHODS[config.method].simulated and config.retriever and not config.simulator:
         raise DataError(f"--method {config.method}: give --simulator, or --corpus in place of --retriever")
     return config
@@ -779,9 +791,14 @@ def main(config: Config, given: set[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    config, given = parse(Config, "grpo.py", toy=TOY)
+def program(name: str = "grpo.py"):
+    """The command line. A file of one's own that adds a method calls it too, under its own name."""
+    config, given = parse(Config, name, toy=TOY)
     try:
         sys.exit(main(config, given))
-    except DataError as error:
-        fail("grpo.py", error)
+    except (DataError, OSError) as error:
+        fail(name, error)
+
+
+if __name__ == "__main__":
+    program()

@@ -18,9 +18,9 @@ from rollout import SlotCache, step_hidden
 transformers_logging.disable_progress_bar()  # one bar is enough, and it is ours
 
 
-def load_model(name: str, device, dtype=torch.float32):
+def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     """(model, tokenizer) of a hub id or a local directory. Raises DataError, one line, for whatever is
-    missing.
+    missing, under the name of the `flag` that asked for it.
 
     No remote code, ever; SDPA attention, since the sampler's masks are boolean."""
     try:
@@ -31,17 +31,17 @@ def load_model(name: str, device, dtype=torch.float32):
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         kind = "directory" if os.path.isdir(name) else "hub id"
         said = first_line(error)
-        raise DataError(f"--model {name}: no model and tokenizer from this {kind}: {said}") from error
+        raise DataError(f"{flag} {name}: no model and tokenizer from this {kind}: {said}") from error
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
-        raise DataError(f"--model {name}: {len(missing)} of its weights are missing, {missing[0]} for one")
+        raise DataError(f"{flag} {name}: {len(missing)} of its weights are missing, {missing[0]} for one")
     if not len(tokenizer) or not tokenizer.is_fast:
-        raise DataError(f"--model {name}: it has no tokenizer.json")
+        raise DataError(f"{flag} {name}: it has no tokenizer.json")
     if not tokenizer.chat_template:
-        raise DataError(f"--model {name}: its tokenizer has no chat template")
+        raise DataError(f"{flag} {name}: its tokenizer has no chat template")
     if tokenizer.eos_token_id is None:
-        raise DataError(f"--model {name}: its tokenizer has no end token")
+        raise DataError(f"{flag} {name}: its tokenizer has no end token")
     if len(tokenizer) > model.get_output_embeddings().weight.shape[0]:
-        raise DataError(f"--model {name}: its tokenizer has more tokens than the model has logits")
+        raise DataError(f"{flag} {name}: its tokenizer has more tokens than the model has logits")
     for module in model.modules():  # a policy without dropout: with it every ratio would be noise
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -80,19 +80,10 @@ def probe(model, tokenizer, max_len: int):
         plain = model(input_ids=ids)
         hidden = model.base_model(input_ids=ids).last_hidden_state
         cache = SlotCache(model.config, 2, 8, model.device, model.dtype)
-        lengths = torch.tensor(
-            [5, 3], device=model.device
-        )  # a ragged prefill of 5 and 3 tokens, then 2 and 4 more
+        # a ragged prefill of 5 and 3 tokens, then 2 and 4 more
+        lengths, both = torch.tensor([5, 3], device=model.device), torch.tensor([0, 1], device=model.device)
         first, second = torch.arange(5, device=model.device), torch.arange(4, device=model.device)
-        step_hidden(
-            model,
-            cache,
-            torch.tensor([0, 1], device=model.device),
-            ids[:, :5],
-            first.expand(2, 5),
-            lengths - 1,
-            5,
-        )
+        step_hidden(model, cache, both, ids[:, :5], first.expand(2, 5), lengths - 1, 5)
         rest = torch.stack([ids[0, [5, 6, 6, 6]], ids[1, 3:]])
         ours = step_hidden(model, cache, 2, rest, lengths[:, None] + second, torch.full_like(lengths, 6), 7)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:

@@ -188,9 +188,7 @@ def parse_episode(episode: Episode) -> Parse:
         while at < len(pieces):
             piece = pieces[at]
             kind = piece[1:-1] if at % 2 else ""
-            if (
-                at % 2 == 0
-            ):  # text outside the tags; behind the last tag it only came along with the tag's last token
+            if at % 2 == 0:  # text outside the tags; behind the last tag it came along with its last token
                 shape += "!" if piece.strip() and not (replied and at == len(pieces) - 1) else ""
             elif pieces[at + 2 : at + 3] == [f"</{kind}>"] and (kind != t.result or t.own_results):
                 body = pieces[at + 1].strip()
@@ -355,8 +353,8 @@ def ssrl_format(text: str) -> float:
 
 
 def otc(episode: Episode, question: Question, *, group: list[Episode], **_) -> dict[str, float]:
-    """EM times tool productivity within the group (OTC-GRPO, arXiv 2504.14870, eq. as two secondary sources
-    have it; its constant c is not known, 1 here), in [0, 1].
+    """EM times a factor for few searches within the group (OTC-GRPO, arXiv 2504.14870; its formula as two
+    secondary sources have it, its constant c is not known, 1 here), in [0, 1].
 
     m searches here, n the fewest among the right episodes of the group."""
     em, m = exact_match(parse_episode(episode).answer, question), episode.searches

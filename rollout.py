@@ -65,9 +65,7 @@ class Episode:
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)  # everything after the prompt
     loss_mask: list[bool] = field(default_factory=list)  # per id: the policy chose it and is trained on it
-    logps: list[float] = field(
-        default_factory=list
-    )  # per id: log-prob under the sampling distribution; 0.0 for env text
+    logps: list[float] = field(default_factory=list)  # per id, under the sampling distribution; env text: 0.0
     segments: list[Segment] = field(default_factory=list)
     searches: int = 0  # searches that the environment answered
     stop: str = ""

@@ -4,7 +4,7 @@ plays the engine, and a growing share of what it returns is noise.
     p(i) = p_start + (4^(i / m) - 1) / 3 * (p_end - p_start)        share of noisy results in step i of m
 
 `ModelSimulator` asks a second language model for documents: helpful ones, for which it is told question and
-answer, or noisy ones, for which it is not. `CorpusSimulator` takes them from a corpus: the right ones, or
+answer, or noisy ones, for which it is not. `CorpusSimulator` takes them from a corpus: what BM25 finds, or
 random ones. Both are retrievers (`search`), and `simulates` tells the rollout to hand them the questions too.
 
 Not here: the fine-tuned simulators of the paper (any causal LM serves), and its real-search evaluation, which
@@ -15,8 +15,8 @@ from __future__ import annotations
 import random
 import re
 
-from data import Doc, Question, Template
-from retriever import BM25
+from data import DataError, Doc, Question, Template
+from retriever import BM25, RetrieverError
 from rollout import rollout
 
 # The wording is ours. About 30 words a document, 600 tokens and temperature 0.8 are the paper's code's.
@@ -86,23 +86,20 @@ class ModelSimulator(Simulator):
             for i in some:
                 text = f"Query: {queries[i]}"
                 if not wanted:
-                    text += f"\nQuestion: {questions[i].text}\nAnswer: {said(questions[i])}"
+                    text += f"\nQuestion: {questions[i].text}\nAnswer: {questions[i].in_words()[0]}"
                 asked.append(Question(questions[i].id, text, [], "simulator"))
-            written = rollout(
-                self.model, self.tokenizer, template, asked, temperature=0.8, max_completion_length=600,
-                seed=self.seed, step=self.step,
-            )  # fmt: skip
+            try:
+                written = rollout(
+                    self.model, self.tokenizer, template, asked, temperature=0.8, max_completion_length=600,
+                    seed=self.seed, step=self.step,
+                )  # fmt: skip
+            except DataError as error:  # a query longer than the simulator's context
+                raise RetrieverError(f"the simulator: {error}") from error
             results |= {
                 i: documents("".join(s.text for s in e.segments), k)
                 for i, e in zip(some, written, strict=True)
             }
         return [results[i] for i in range(len(queries))]
-
-
-def said(question: Question) -> str:
-    """The gold answer in words: of multiple choice the option."""
-    gold = question.answers[0]
-    return question.choices[ord(gold) - 65] if question.choices else gold
 
 
 def documents(text: str, k: int) -> list[Doc]:

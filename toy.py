@@ -315,12 +315,13 @@ def build(config: Config) -> Path:
     """Writes the world into `config.output_dir` and returns the path. A complete one of the same settings is
     left as it is."""
     out = Path(config.output_dir)
-    settings = json.dumps({**asdict(config), "output_dir": ""}, indent=1)
+    if config.method not in METHODS:
+        raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
+    talks = asdict(METHODS[config.method].template)  # another wording is another base model
+    settings = json.dumps({**asdict(config), "output_dir": "", "template": talks}, indent=1)
     stamp = out / "world.json"  # written last: where it stands, the rest is complete
     if stamp.exists() and stamp.read_text() == settings:
         return out
-    if config.method not in METHODS:
-        raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
     model = train_base(world, config, tokenizer)

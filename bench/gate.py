@@ -18,8 +18,8 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from config import parse
-from evaluate import Record, measure, report
+from config import fail, parse
+from evaluate import SHARES, Record, measure, report
 from retriever import tokenize
 
 
@@ -77,4 +77,8 @@ def gate(train, test) -> dict[str, list[Record]]:
 
 if __name__ == "__main__":
     config, _ = parse(Config, "gate.py")
-    print(report({name: measure(records) for name, records in gate(config.train, config.test).items()}))
+    try:
+        table = {name: measure(records) for name, records in gate(config.train, config.test).items()}
+    except (OSError, ValueError, KeyError) as error:
+        fail("gate.py", f"--train, --test: not the transcripts of all three passes: {error!r}")
+    print(report({name: {k: v for k, v in row.items() if k in SHARES} for name, row in table.items()}))

@@ -22,13 +22,13 @@ import results
 import torch
 from gate import gate
 
-from config import parse
+from config import fail, parse
 from evaluate import measure
 from grpo import TOY
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = "known_heldout", "unknown", "two_hop", "arithmetic"
-RUNS = {  # row: --method, --reward, how the base model of a dialect searches
+RUNS = {  # row: --method, --reward, how the base model of the dialect searches
     "ReSearch": ("research", "", ""),
     "Search-R1": ("search-r1", "", ""),
     "ZeroSearch": ("zerosearch", "", ""),
@@ -37,6 +37,8 @@ RUNS = {  # row: --method, --reward, how the base model of a dialect searches
     "flat": ("sem", "flat", ""),
     "SEM": ("sem", "", ""),
     "SEM kept": ("sem", "sem_kept", ""),
+}
+HABIT_RUNS = {
     "SEM, happy base": ("sem", "", "happy"),
     "SEM kept, happy base": ("sem", "sem_kept", "happy"),
     "SEM, shy base": ("sem", "", "shy"),
@@ -57,6 +59,7 @@ class Config:
     """Trains and evaluates every method in the toy world and writes the table."""
 
     seeds: str = "0,1,2"  # worlds, base models and runs
+    habit_seeds: str = "0"  # the same, of the runs from a search-happy and a search-shy base model
     max_steps: int = 50  # RL steps of every run
     output_dir: str = "out/methods"  # where worlds, runs and evaluations are kept
     jobs: int = 2  # programs at a time, one core each
@@ -90,12 +93,13 @@ def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
 
 def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) -> dict[str, dict]:
     """{row: {kind: measures}} of one seed."""
-    dialects = {(m if m != "zerosearch" else "search-r1", habit) for m, _, habit in RUNS.values()}
+    runs = RUNS | (HABIT_RUNS if str(seed) in config.habit_seeds.split(",") else {})
+    dialects = {(m if m != "zerosearch" else "search-r1", habit) for m, _, habit in runs.values()}
     places = dict(zip(dialects, pool.map(lambda d: world(out, *d, seed), dialects), strict=True))
     home, files = places["sem", ""], {}
 
     def file(name: str) -> Path:
-        files[name] = out / f"eval {name} {seed}.json"
+        files[name] = out / f"eval {name} {config.max_steps} {seed}.json"
         return files[name]
 
     def base(habit: str):
@@ -106,9 +110,9 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         test(home / "model", home, file(name), "--method", "sem", *flags)
 
     def train(name: str):
-        method, reward, habit = RUNS[name]
+        method, reward, habit = runs[name]
         where = places[method if method != "zerosearch" else "search-r1", habit]
-        target = out / f"run {name} {seed}"
+        target = out / f"run {name} {config.max_steps} {seed}"
         if not (target / "model.safetensors").exists():
             shutil.rmtree(target, ignore_errors=True)
             run("grpo.py", "--model", where / "model", "--method", method, "--reward", reward, "--seed", seed,
@@ -119,14 +123,14 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         if method == "ssrl":
             test(target, where, file("SSRL, real search"), "--real_searches", "all")
 
-    first = [pool.submit(base, habit) for habit in HABITS]
+    first = [pool.submit(base, habit) for dialect, habit in dialects if dialect == "sem"]
     first += [pool.submit(usage, "always-search", "--baseline", "always")]
     first += [pool.submit(usage, "direct", "--baseline", "direct")]
     learn = out / f"eval train {seed}.json"
     first.append(pool.submit(test, home / "model", home, learn, "--method", "sem", split="train"))
     for job in first:
         job.result()
-    for job in [pool.submit(train, name) for name in RUNS]:
+    for job in [pool.submit(train, name) for name in runs]:
         job.result()
     rows = {name: json.loads(path.read_text())["measures"] for name, path in files.items()}
     transcripts = (str(p.with_suffix("")) + "_transcripts.jsonl" for p in (learn, files["base (prompted)"]))
@@ -155,15 +159,17 @@ SECOND = {
 
 def table(seeds: list[dict[str, dict]], measures: dict[str, tuple]) -> str:
     """The rows of all seeds as a markdown table with a column for each measure and kind of question."""
-    names = ["base (prompted)", "always-search", "direct", "gate", *RUNS]
+    names = ["base (prompted)", "always-search", "direct", "gate", *RUNS, *HABIT_RUNS]
     names.insert(names.index("SSRL") + 1, "SSRL, real search")
     for habit in ("happy", "shy"):
         names.insert(names.index(f"SEM, {habit} base"), f"base, {habit}")
+    names = [name for name in names if any(name in rows for rows in seeds)]
     columns = [(kind, measure) for measure, kinds in measures.items() for kind in kinds]
     lines = ["| | " + " | ".join(f"{measure}: {kind}" for kind, measure in columns) + " |"]
     lines.append("| --- |" + " ---: |" * len(columns))
     for name in names:
-        values = ([rows[name].get(k, {}).get(m, {}).get("value") for rows in seeds] for k, m in columns)
+        known = [rows[name] for rows in seeds if name in rows]
+        values = ([row.get(kind, {}).get(m, {}).get("value") for row in known] for kind, m in columns)
         lines.append(f"| {name} | {' | '.join(map(cell, values))} |")
     return "\n".join(lines)
 
@@ -172,6 +178,8 @@ def main(config: Config):
     out, start = Path(config.output_dir).absolute(), time.time()
     out.mkdir(parents=True, exist_ok=True)
     seeds = config.seeds.split(",")
+    if not all(map(str.isdecimal, seeds)) or config.jobs < 1:
+        fail("methods.py", "--seeds are numbers with commas between them, --jobs at least 1")
     with ThreadPoolExecutor(config.jobs) as pool:
         rows = [seed_rows(out, int(seed), config, pool) for seed in seeds]
     text = table(rows, FIRST) + "\n\n" + table(rows, SECOND)
@@ -179,9 +187,10 @@ def main(config: Config):
     minutes = (time.time() - start) / 60
     version = torch.__version__.partition("+")[0]
     note = (
-        f"`python bench/methods.py --seeds {config.seeds}`: {len(RUNS)} runs of {config.max_steps} steps a "
-        f"seed, {config.jobs} CPU cores, torch {version}; {minutes:.0f} minutes for what is new. "
-        "Mean over the seeds, in brackets their range."
+        f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
+        f"{config.max_steps} steps, {config.jobs} CPU cores, torch {version}. Mean over the seeds (of the happy "
+        f"and the shy base: {config.habit_seeds}), in brackets their range. {minutes:.0f} minutes for what was "
+        "not there before."
     )
     results.write("methods", f"{text}\n\n{note}", ROOT / "README.md")
 

@@ -18,7 +18,7 @@ import rollout
 import simulator
 from data import Doc, Question
 from retriever import BM25
-from simulator import HELPFUL, NOISY, CorpusSimulator, ModelSimulator, documents, noise, said
+from simulator import HELPFUL, NOISY, CorpusSimulator, ModelSimulator, documents, noise
 
 QUERIES = [f"who is w{i}" for i in range(400)]
 DOCS = [Doc(str(i), f"w{i}", f"who is w{i}") for i in range(40)]
@@ -156,8 +156,8 @@ def test_any_text_gives_documents(text, k):
 
 
 def test_the_answer_in_words():
-    assert said(Question("1", "?", ["Oslo", "Christiania"], "x")) == "Oslo"
-    assert said(Question("1", "?", ["B"], "x", ["Oslo", "Lima"])) == "Lima"
+    assert Question("1", "?", ["Oslo", "Christiania"], "x").in_words() == ["Oslo", "Christiania"]
+    assert Question("1", "?", ["B"], "x", ["Oslo", "Lima"]).in_words() == ["Lima"]
 
 
 # ------------------------------------------------------------------------------------------------------------
