@@ -51,9 +51,7 @@ class Config:
     data: str = ""  # data sets, comma-separated: a name (hub), name:path, or a path to JSONL
     method: str = ""  # how the model was trained to talk; none: as its run.json says, else sem
     baseline: str = ""  # instead of the method: direct, cot, rag (retrieve once), always (search by force)
-    real_searches: str = (
-        ""  # ssrl: results replaced by real ones: the first K, all (--max_searches) or entropy
-    )
+    real_searches: str = ""  # ssrl: real results in place of its own: the first K, all, or entropy
     corpus: str = ""  # JSONL of {"id", "contents"}; none: the paragraphs that multi-hop sets bring along
     retriever: str = ""  # URL of a /retrieve server, in place of a corpus
     topk: int = 5  # documents a search returns (ReSearch, arXiv 2503.19470)
@@ -460,6 +458,10 @@ def main(config: Config, given: set[str] = frozenset()):
     config = check(config, given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sets = load_sets(config.data, "test", config.eval_size)
+    if config.judge_url:
+        first = next(iter(sets.values()))[0]
+        if judge(first, first.in_words()[0], config.judge_url, config.judge_model) is None:
+            raise DataError(f"--judge_url {config.judge_url}: no verdict from it")
     known = {}
     if config.known:
         try:
@@ -487,10 +489,6 @@ def main(config: Config, given: set[str] = frozenset()):
     transcripts = output.with_name(output.stem + "_transcripts.jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
     transcripts.write_text("")
-    if config.judge_url:
-        first = next(iter(sets.values()))[0]
-        if judge(first, first.in_words()[0], config.judge_url, config.judge_model) is None:
-            raise DataError(f"--judge_url {config.judge_url}: no verdict from it")
 
     def log(name: str, kind: str, episodes: list[Episode]):
         with open(transcripts, "a", encoding="utf-8") as file:

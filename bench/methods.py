@@ -188,9 +188,9 @@ def main(config: Config):
     version = torch.__version__.partition("+")[0]
     note = (
         f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
-        f"{config.max_steps} steps, {config.jobs} CPU cores, torch {version}. Mean over the seeds (of the happy "
-        f"and the shy base: {config.habit_seeds}), in brackets their range. {minutes:.0f} minutes for what was "
-        "not there before."
+        f"{config.max_steps} steps, {config.jobs} CPU cores, torch {version}. Mean over the seeds (of the "
+        f"happy and the shy base: {config.habit_seeds}), in brackets their range. {minutes:.0f} minutes for "
+        "what was not there before."
     )
     results.write("methods", f"{text}\n\n{note}", ROOT / "README.md")
 

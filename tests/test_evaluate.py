@@ -696,7 +696,7 @@ def test_the_judge_in_the_table(script, world, capsys):
 
     with endpoint(reply) as (url, seen):
         told = run(world, "--judge_url", url)
-    assert len(seen) == 12 and told["measures"]["all"]["lj"]["n"] == 10
+    assert len(seen) == 1 + 12 and told["measures"]["all"]["lj"]["n"] == 10
     assert told["measures"]["all"]["lj"]["value"] == 5 / 10  # 0, 1, 3, 5 and 6
     assert told["measures"]["towers"]["lj"]["value"] == 3 / 4
     text = "".join(capsys.readouterr())
@@ -719,8 +719,8 @@ def test_the_judge_is_not_told_the_documents(script, world):
 # bad input: one line that names what and where, exit code 2, nothing written
 
 BAD = {
-    "no model": ({"model": ""}, "--model and --data"),
-    "no data": ({"data": ""}, "--model and --data"),
+    "no model": ({"model": ""}, "--model is needed"),
+    "no data": ({"data": ""}, "--data is needed"),
     "method": ({"method": "semm"}, "--method semm"),
     "baseline": ({"baseline": "rga"}, "--baseline rga"),
     "real searches of a method that searches": ({"real_searches": "3"}, "--real_searches 3"),
@@ -742,7 +742,8 @@ BAD = {
     "known of a wrong kind": ({"known": "odd.json"}, "--known odd.json"),
     "no server": ({"retriever": "http://127.0.0.1:9"}, "--retriever"),
     "nothing to search": ({"corpus": ""}, "--corpus"),
-    "output nowhere": ({"output": "nowhere/eval.json"}, "nowhere"),
+    "output below a file": ({"output": "broken.json/eval.json"}, "broken.json"),
+    "no judge": ({"judge_url": "foo"}, "--judge_url foo"),
 }
 
 
@@ -770,6 +771,22 @@ def test_bad_input(case, world, tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 2 and not out
     assert err.count("\n") == 1 and err.startswith("evaluate.py: error: ") and named in err
     assert sorted(work.iterdir()) == before
+
+
+def test_an_empty_output():
+    with pytest.raises(DataError, match="--output is needed"):
+        evaluate.check(evaluate.Config(model="m", data="d", output=""))
+
+
+def test_the_budget_of_the_run(tmp_path):
+    """What is not given comes from the run.json of the model, also for one of its checkpoints."""
+    (tmp_path / "run.json").write_text(
+        json.dumps({"method": "ssrl", "topk": 2, "max_searches": 3, "tau": 0.3})
+    )
+    for folder in (tmp_path, tmp_path / "checkpoint-7"):
+        config = evaluate.Config(model=str(folder), data="d", topk=9)
+        found = evaluate.check(config, {"topk"})
+        assert (found.method, found.topk, found.max_searches, found.tau) == ("ssrl", 9, 3, 0.3)
 
 
 def test_a_broken_run_json(world, tmp_path):
