@@ -674,7 +674,12 @@ REFUSED = {
         {"method": "zerosearch", "retriever": "http://127.0.0.1:9"},
         "--method zerosearch: give --simulator",
     ),
-    "no simulator": ({"method": "zerosearch", "simulator": "nowhere/model"}, "nowhere/model"),
+    "no simulator": ({"method": "zerosearch", "simulator": "nowhere/model"}, "--simulator nowhere/model"),
+    "nothing to simulate": (
+        {"simulator": "nowhere/model"},
+        "--simulator nowhere/model: --method sem does not",
+    ),
+    "nothing to keep": ({"reward": "otc", "sem_kept": "0.1"}, "--sem_kept 0.1: only for the rewards sem"),
 }
 
 
