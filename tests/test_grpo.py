@@ -677,7 +677,7 @@ REFUSED = {
     "no simulator": ({"method": "zerosearch", "simulator": "nowhere/model"}, "--simulator nowhere/model"),
     "nothing to simulate": (
         {"simulator": "nowhere/model"},
-        "--simulator nowhere/model: --method sem does not",
+        "nowhere/model: --method sem does not",
     ),
     "nothing to keep": ({"reward": "otc", "sem_kept": "0.1"}, "--sem_kept 0.1: only for the rewards sem"),
 }
