@@ -78,9 +78,7 @@ class Config:
     noise_end: float = 0.5  # and at the end (ZeroSearch)
     # reward
     tau: float = 0.5  # F1 from which the first answer counts as known (not published; our choice)
-    sem_kept: float | None = (
-        None  # our repair: a right draft then a search earns (1 - this) F1(a2); SEM: nothing
-    )
+    sem_kept: float | None = None  # repair: a right draft then a search earns (1 - this) F1(a2); SEM: none
     # objective
     beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
     epsilon: float = 0.2  # lower clip of the ratio (ReSearch)
