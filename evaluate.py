@@ -94,9 +94,8 @@ class Record:
         return self.searches > 0
 
 
-SHARES: dict[
-    str, tuple[str, Callable, Callable]
-] = {  # name: definition, of which records, which of them count
+# name: definition, of which records, which of them count
+SHARES: dict[str, tuple[str, Callable, Callable]] = {
     "em": ("exact match", lambda r: True, lambda r: r.em),
     "lj": ("right for the judge", lambda r: r.judged is not None, lambda r: r.judged),
     "sr": ("P(searched a corpus or server): SEM's search ratio", lambda r: True, lambda r: r.searched),

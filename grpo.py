@@ -38,7 +38,7 @@ from config import fail, parse
 from data import DataError, mix, render
 from evaluate import evaluate, load_sets, markdown, open_retriever, summary
 from model import load_model, probe
-from reward import METHODS, REWARDS, exact_match, parse_episode, sandbag_suspects
+from reward import METHODS, REWARDS, dialect, exact_match, parse_episode, sandbag_suspects
 from rollout import Episode, by_tokens, kv_bytes, rollout
 from simulator import CorpusSimulator, ModelSimulator, noise
 
@@ -673,7 +673,7 @@ def resolve(config: Config, given: set[str]) -> Config:
             raise DataError(f"--resume: {stored} is not the settings of a run: {error}") from error
         free = {"resume", "output_dir", "max_steps", "save_steps", "save_total_limit", "log_completions"}
         free |= {"retriever", "rollout_slots", "micro_batch_tokens", "gradient_checkpointing"}
-        if before.method == "zerosearch":
+        if before.method in METHODS and METHODS[before.method].simulated:
             free -= {"max_steps"}  # the share of noise depends on it
         if wrong := [n for n in sorted(given - free) if getattr(config, n) != getattr(before, n)]:
             raise DataError(
@@ -693,10 +693,9 @@ def resolve(config: Config, given: set[str]) -> Config:
     check(config)
     if toy_run:
         torch.set_num_threads(1)  # as in Run.resolve_sizes
-        template = METHODS[config.method].template
-        dialect = next(name for name, method in METHODS.items() if method.template == template)
-        folder = "out/toy-world" + ("" if dialect == "sem" else f"-{dialect}") + f"-{config.seed}"
-        world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=dialect))
+        talks = dialect(config.method)
+        folder = "out/toy-world" + ("" if talks == "sem" else f"-{talks}") + f"-{config.seed}"
+        world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=talks))
         config = replace(
             config,
             model=str(world / "model"),

@@ -1,7 +1,11 @@
 """A model and its tokenizer from a directory or the hub, and the proof that this code gets it right.
 
 `load_model` refuses what is incomplete, `probe` what the sampler's cache or the loss would get wrong: both in
-one clear line, before anything is trained."""
+one clear line, before anything is trained. How tokens are sampled is in rollout.py.
+
+    model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
+    probe(model, tokenizer, 4096)                      # DataError if it can not be sampled at that length
+"""
 
 from __future__ import annotations
 

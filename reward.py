@@ -211,9 +211,8 @@ def parse_episode(episode: Episode) -> Parse:
     elif t.boxed:
         parse.answer = unbox(final or "")
     elif t.raw:
-        parse.answer = (
-            final or model_text(episode).strip() or None
-        )  # a trained policy may use its tags anyway
+        # a trained policy may use its tags all the same
+        parse.answer = final or model_text(episode).strip() or None
     return parse
 
 
@@ -389,6 +388,12 @@ METHODS = {  # --method
 }
 REWARDS = {name: method.reward for name, method in METHODS.items()}  # --reward; by default the method's own
 REWARDS |= {"sem_kept": sem_kept, "research_paper": research_paper, "otc": otc, "flat": flat}
+
+
+def dialect(method: str) -> str:
+    """The first method that talks as this one does: methods of one dialect share a base model in the toy
+    world."""
+    return next(name for name, m in METHODS.items() if m.template == METHODS[method].template)
 
 
 def sandbag_suspects(parts: list[dict[str, float]], group_size: int, tau: float = 0.5) -> tuple[int, int]:

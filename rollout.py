@@ -375,9 +375,8 @@ class Sampler:
             self.model, self.cache, slots, ids, positions, start + last, max(row.length for row in rows)
         )
         hidden = hidden[torch.arange(len(rows), device=device), last]  # [rows, H]
-        logits = (
-            hidden @ self.model.get_output_embeddings().weight.T
-        )  # all columns: an odd width is slow on a GPU
+        # all columns: an odd width is slow on a GPU
+        logits = hidden @ self.model.get_output_embeddings().weight.T  # [rows, lm_head's vocab]
         return logits[:, : len(self.tokenizer)].float()
 
     def take(self, rows: list[Row], logits: torch.Tensor):

@@ -1,6 +1,6 @@
 """The toy table: every method of the papers in one world, the same number of steps, several seeds.
 
-    python bench/methods.py --seeds 0,1,2        # writes its section of README.md
+    python bench/methods.py --seeds 0,1,2        # about an hour on 2 cores; writes its section of README.md
 
 A row is a model and a way to use it; a cell is the mean over the seeds, and their range where they differ.
 The base models of all dialects have learnt the same facts for the same number of steps. What is done already
@@ -25,6 +25,7 @@ from gate import gate
 from config import fail, parse
 from evaluate import measure
 from grpo import TOY
+from reward import dialect
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = "known_heldout", "unknown", "two_hop", "arithmetic"
@@ -94,7 +95,7 @@ def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
 def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) -> dict[str, dict]:
     """{row: {kind: measures}} of one seed."""
     runs = RUNS | (HABIT_RUNS if str(seed) in config.habit_seeds.split(",") else {})
-    dialects = {(m if m != "zerosearch" else "search-r1", habit) for m, _, habit in runs.values()}
+    dialects = {(dialect(method), habit) for method, _, habit in runs.values()}
     places = dict(zip(dialects, pool.map(lambda d: world(out, *d, seed), dialects), strict=True))
     home, files = places["sem", ""], {}
 
@@ -111,7 +112,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
 
     def train(name: str):
         method, reward, habit = runs[name]
-        where = places[method if method != "zerosearch" else "search-r1", habit]
+        where = places[dialect(method), habit]
         target = out / f"run {name} {config.max_steps} {seed}"
         if not (target / "model.safetensors").exists():
             shutil.rmtree(target, ignore_errors=True)
@@ -123,7 +124,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         if method == "ssrl":
             test(target, where, file("SSRL, real search"), "--real_searches", "all")
 
-    first = [pool.submit(base, habit) for dialect, habit in dialects if dialect == "sem"]
+    first = [pool.submit(base, habit) for talks, habit in dialects if talks == "sem"]
     first += [pool.submit(usage, "always-search", "--baseline", "always")]
     first += [pool.submit(usage, "direct", "--baseline", "direct")]
     learn = out / f"eval train {seed}.json"

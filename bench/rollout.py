@@ -33,9 +33,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing to fetch
 
 import torch
 from results import write
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LogitsProcessor, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
+from words import make_tokenizer
 
 import rollout
 from data import Doc, Question, Template
@@ -86,16 +86,9 @@ def mixed(rows: int, searches: int, turn: tuple[int, int], result: tuple[int, in
     ]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words are tokens; the tags hold ">", so after these the sampler looks for a closed tag."""
-    words = "<pad> <eos> <user> <assistant> <result> </result> <search> </search> <answer> </answer>".split()
-    words += [f"w{i}" for i in range(len(words), VOCABULARY)]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>",
-        chat_template="{{ '<user> ' + messages[-1]['content'] + ' <assistant>' }}",
-    )  # fmt: skip
+# Words are tokens; the tags hold ">", so after these the sampler looks for a closed tag.
+WORDS = "<pad> <eos> <user> <assistant> <result> </result> <search> </search> <answer> </answer>".split()
+WORDS += [f"w{i}" for i in range(len(WORDS), VOCABULARY)]
 
 
 def make_model(layers: int = 4, width: int = 256) -> Qwen2ForCausalLM:
@@ -221,7 +214,7 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    model, small, tokenizer = make_model(), make_model(layers=1, width=32), make_tokenizer()
+    model, small, tokenizer = make_model(), make_model(layers=1, width=32), make_tokenizer(WORDS)
     several, single = [], []
     for prompt, group, searches, turn, result in (
         (150, 8, 2, 80, 450), (150, 8, 4, 80, 450), (300, 8, 3, 200, 500), (150, 16, 3, 100, 500),

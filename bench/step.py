@@ -42,9 +42,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # neither side has anything to fetch
 
 import torch
 from results import write
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from transformers.utils import logging
+from words import make_tokenizer
 
 from data import SEM, Question, mix, render
 from grpo import Config, advantages, make_batches, update
@@ -83,16 +83,9 @@ class Times:
         return statistics.median(getattr(self, kind)[WARM_UP:])
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words are tokens. Some hold ">", as tags do: after these the sampler looks for a closed tag."""
-    words = ["<pad>", "<user>", "<assistant>", "<think>", "</think>", "<answer>", "</answer>"]
-    words += [f"w{i}" for i in range(VOCABULARY - len(words))] + ["<eos>"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>",
-        chat_template="{{ '<user> ' + messages[-1]['content'] + ' <assistant>' }}",
-    )  # fmt: skip
+# Words are tokens. Some hold ">", as tags do: after these the sampler looks for a closed tag.
+WORDS = ["<pad>", "<user>", "<assistant>", "<think>", "</think>", "<answer>", "</answer>"]
+WORDS += [f"w{i}" for i in range(VOCABULARY - len(WORDS))] + ["<eos>"]
 
 
 def make_model(ends: list[int]) -> Qwen2ForCausalLM:
@@ -213,7 +206,7 @@ def race(folder: str, ours: Ours) -> Times:
 def measure(kind: str, threads: int, peer: bool) -> list[str]:
     """A row of the table."""
     torch.set_num_threads(threads)
-    tokenizer, questions = make_tokenizer(), make_questions(PROMPTS * (WARM_UP + TIMED))
+    tokenizer, questions = make_tokenizer(WORDS), make_questions(PROMPTS * (WARM_UP + TIMED))
     with tempfile.TemporaryDirectory() as folder:
         make_model([] if kind == "equal" else ENDS).save_pretrained(folder)
         ours = Ours(folder, tokenizer, questions, EQUAL if kind == "equal" else RAGGED)

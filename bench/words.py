@@ -1,0 +1,14 @@
+"""The tokenizer of the benchmarks: a word is a token, so that a text has as many tokens as it has words."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """`words` hold <pad>, <eos>, <user> and <assistant>; ids are their places. Another word is <pad>."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>",
+        chat_template="{{ '<user> ' + messages[-1]['content'] + ' <assistant>' }}",
+    )  # fmt: skip
