@@ -39,7 +39,8 @@ from data import DataError, mix, render
 from evaluate import evaluate, load_sets, markdown, open_retriever, summary
 from model import load_model, probe
 from reward import METHODS, REWARDS, dialect, exact_match, parse_episode, sandbag_suspects
-from rollout import Episode, by_tokens, kv_bytes, rollout
+from rollout import Episode, by_tokens, rollout
+from runner import kv_bytes
 from simulator import CorpusSimulator, ModelSimulator, noise
 
 
@@ -106,8 +107,8 @@ class Config:
 
 
 TOY = {  # other defaults where the world is small; everything else is as above
-    "train": "known,unknown",
-    "eval": "known_train,known_heldout,unknown,two_hop,arithmetic",
+    "train": "known,composed,unknown",
+    "eval": "known_train,known_heldout,composed,unknown,two_hop,arithmetic",
     "output_dir": "out/toy",
     "prompts_per_step": 32,
     "num_generations": 8,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import DataError
-from rollout import SlotCache, step_hidden
+from runner import SlotCache, step_hidden
 
 transformers_logging.disable_progress_bar()  # one bar is enough, and it is ours
 

@@ -40,10 +40,10 @@ from functools import lru_cache
 
 import torch
 from tqdm import tqdm
-from transformers.cache_utils import Cache
 
 from data import SEM, DataError, Question, Template, encode_result, render
 from retriever import RetrieverError
+from runner import Runner, SlotCache
 
 SERVE_EVERY = 8  # decode steps between two looks at the rows that wait; fixed: a run repeats itself
 PREFILL_TOKENS = 16384  # padded tokens of one prefill pass: bounds its activations
@@ -70,62 +70,6 @@ class Episode:
     searches: int = 0  # searches that the environment answered
     stop: str = ""
     template: Template = SEM  # how it talks: whoever reads the segments needs to know
-
-
-class SlotCache(Cache):
-    """Keys and values of every row at the row's own positions: [slots, kv_heads, max_len + 1, head_dim] per
-    layer.
-
-    A row can be extended by one token or by a whole search result, a part of the rows can be stepped alone,
-    and a slot can be copied or handed on. There is no left padding. The last position is scratch: padding
-    inside a ragged step is written there."""
-
-    def __init__(self, config, slots: int, max_len: int, device, dtype):
-        super().__init__(layers=[])
-        shape = (slots, kv_shape(config)[1], max_len + 1, kv_shape(config)[2])
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(kv_shape(config)[0])]
-        self.values = [torch.zeros_like(k) for k in self.keys]
-        self.max_len = max_len
-
-    def aim(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
-        """Where the next forward pass writes and what it sees: the first `rows` slots, or these slots;
-        `positions` [rows, new]."""
-        self.rows = (
-            slice(rows) if isinstance(rows, int) else rows
-        )  # of the first slots attention reads a view
-        index = torch.arange(rows, device=positions.device) if isinstance(rows, int) else rows
-        self.where = index[:, None], slice(None), positions  # [rows, new, kv_heads, head_dim] of a layer
-        self.kv_len = kv_len
-
-    def update(self, key, value, layer, *args, **kwargs):  # key, value [rows, kv_heads, new, head_dim]
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.where] = key.transpose(1, 2).to(keys.dtype)
-        values[self.where] = value.transpose(1, 2).to(values.dtype)
-        return keys[self.rows, :, : self.kv_len], values[self.rows, :, : self.kv_len]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return 0  # every call passes its own position_ids and mask
-
-    def copy(self, source: int, target, length: int):
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
-
-    def swap(self, a: int, b: int, length: int):
-        for tensor in (*self.keys, *self.values):
-            tensor[[a, b], :, :length] = tensor[[b, a], :, :length]
-
-
-def kv_shape(config) -> tuple[int, int, int]:
-    """(layers, heads of keys and values, head size) of a model."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, head_dim
-
-
-def kv_bytes(config, dtype: torch.dtype) -> int:
-    """Bytes that one token takes in the cache."""
-    return 2 * math.prod(kv_shape(config)) * dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -196,6 +140,7 @@ def rollout(
     ]
     slots = min(len(rows), max(1, (slots or len(rows)) // group_size) * group_size)
     max_len = max((len(p) + cap for p, cap in zip(prompts, caps, strict=True)), default=0)
+    cache = SlotCache(model.config, slots, max_len, model.device, model.dtype)
     sampler = Sampler(
         model=model,
         tokenizer=tokenizer,
@@ -204,10 +149,10 @@ def rollout(
         topk=topk,
         max_searches=max_searches,
         max_doc_tokens=max_doc_tokens,
-        temperature=temperature,
         force_search=force_search,
         rising=rising,
-        cache=SlotCache(model.config, slots, max_len, model.device, model.dtype),
+        cache=cache,
+        runner=Runner(model, cache, len(tokenizer), temperature, records=model.device.type == "cuda"),
         table=[None] * slots,
         bar=tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False),
     )
@@ -235,10 +180,10 @@ class Sampler:
     topk: int
     max_searches: int
     max_doc_tokens: int
-    temperature: float
     force_search: bool
     rising: bool
     cache: SlotCache
+    runner: Runner
     table: list[Row | None]  # slot -> row
     bar: tqdm
     counts: dict = field(default_factory=lambda: {"prefill_tokens": 0, "decode_tokens": 0})
@@ -261,9 +206,7 @@ class Sampler:
             if waiting and (step % SERVE_EVERY == 0 or idle):
                 self.serve(waiting, idle)
             if n := self.settle():
-                rows = self.table[:n]
-                self.counts["decode_tokens"] += n
-                self.take(rows, self.forward(n, [row.sampled[-1:] for row in rows]))
+                self.decode(self.table[:n])
             step += 1
 
     def admit(self, queue: deque[list[Row]]):
@@ -278,19 +221,15 @@ class Sampler:
                 self.table[slot] = row
             groups.append((slots, group[0].episode.prompt_ids))
         for part in by_tokens(groups):
-            logits = self.forward(
-                [slots[0] for slots, _ in part], [prompt for _, prompt in part]
-            )  # [groups, vocab]
+            logits = self.prefill([slots[0] for slots, _ in part], [prompt for _, prompt in part])
             for slots, prompt in part:
                 self.cache.copy(slots[0], slots[1:], len(prompt))
                 for slot in slots:
                     self.table[slot].length = len(prompt)
                 self.counts["prefill_tokens"] += len(prompt)
             rows = [self.table[slot] for slots, _ in part for slot in slots]
-            self.take(
-                rows,
-                logits.repeat_interleave(torch.tensor([len(s) for s, _ in part], device=logits.device), 0),
-            )
+            copies = torch.tensor([len(slots) for slots, _ in part], device=logits.device)
+            self.take(rows, *self.runner.draw(logits.repeat_interleave(copies, 0), numbers(rows)))
 
     def serve(self, waiting: list[int], idle: bool):
         """One retriever call for all rows that ask; what a row is told follows its last token as one ragged
@@ -327,7 +266,9 @@ class Sampler:
             self.counts["prefill_tokens"] += sum(len(chunk) - 1 for _, chunk in part)
             self.counts["decode_tokens"] += len(part)
             slots = [slot for slot, _ in part]
-            self.take([self.table[slot] for slot in slots], self.forward(slots, [chunk for _, chunk in part]))
+            rows = [self.table[slot] for slot in slots]
+            logits = self.prefill(slots, [chunk for _, chunk in part])
+            self.take(rows, *self.runner.draw(logits, numbers(rows)))
 
     def overlap(self, asking: list[Row], wait: bool) -> Iterable:
         """(row, documents) of the rows that a remote retriever has answered, after a `wait` if so told. It
@@ -354,37 +295,26 @@ class Sampler:
                 self.table[hole], self.table[stray] = self.table[stray], self.table[hole]
         return n
 
-    def forward(self, slots: int | list[int], chunks: list[list[int]]) -> torch.Tensor:
-        """Feeds each slot its chunk of ids, behind what its row has in the cache, and returns the last logits
-        [rows, vocab] fp32.
+    def decode(self, rows: list[Row]):
+        """One token more for the rows in the first slots."""
+        self.counts["decode_tokens"] += len(rows)
+        tokens, positions = [row.sampled[-1] for row in rows], [row.length for row in rows]
+        drawn = self.runner.decode(tokens, positions, numbers(rows))
+        for row in rows:
+            row.length += 1
+        self.take(rows, *drawn)
 
-        `slots` is a list, or a number n for the first n slots. Ids beyond the tokenizer (a padded lm_head)
-        are not in the result."""
-        rows = self.table[:slots] if isinstance(slots, int) else [self.table[slot] for slot in slots]
-        device, new = self.model.device, max(map(len, chunks))
-        ids = torch.tensor(
-            [chunk + [0] * (new - len(chunk)) for chunk in chunks], device=device
-        )  # [rows, new]
-        start = torch.tensor([row.length for row in rows], device=device)
-        last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
-        positions = start[:, None] + torch.arange(new, device=device)  # [rows, new]
+    def prefill(self, slots: list[int], chunks: list[list[int]]) -> torch.Tensor:
+        """Feeds each slot its chunk of ids, behind what its row has in the cache, and returns the last logits
+        [rows, vocab] fp32."""
+        rows = [self.table[slot] for slot in slots]
+        logits = self.runner.prefill(slots, [row.length for row in rows], chunks)
         for row, chunk in zip(rows, chunks, strict=True):
             row.length += len(chunk)
-        slots = slots if isinstance(slots, int) else torch.tensor(slots, device=device)
-        hidden = step_hidden(
-            self.model, self.cache, slots, ids, positions, start + last, max(row.length for row in rows)
-        )
-        hidden = hidden[torch.arange(len(rows), device=device), last]  # [rows, H]
-        # all columns: an odd width is slow on a GPU
-        logits = hidden @ self.model.get_output_embeddings().weight.T  # [rows, lm_head's vocab]
-        return logits[:, : len(self.tokenizer)].float()
+        return logits
 
-    def take(self, rows: list[Row], logits: torch.Tensor):
-        """Samples the next token of each row from its logits [rows, vocab], and acts on it."""
-        u = torch.tensor(
-            [row.uniforms[len(row.episode.ids)] for row in rows], dtype=torch.float64, device=logits.device
-        )
-        tokens, logps = sample(logits, u, self.temperature)
+    def take(self, rows: list[Row], tokens: torch.Tensor, logps: torch.Tensor):
+        """Gives each row its next token, and acts on it."""
         for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
             episode = row.episode
             episode.ids.append(token)
@@ -506,36 +436,9 @@ class Sampler:
         self.bar.update()
 
 
-def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: int) -> torch.Tensor:
-    """One forward pass through the cache. ids, positions [rows, new], last [rows]: a row's last real
-    position; the rest is padding.
-
-    Returns hidden states [rows, new, H]. A position sees every position up to its own."""
-    sees = torch.arange(kv_len, device=ids.device) <= positions[..., None]  # [rows, new, kv_len]
-    padding = positions > last[:, None]
-    cache.aim(slots, positions.masked_fill(padding, cache.max_len), kv_len)
-    return model.base_model(
-        input_ids=ids,
-        attention_mask=sees[:, None],  # boolean [rows, 1, new, kv_len]; eager attention would add it
-        position_ids=positions.masked_fill(padding, 0),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-
-
-def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [rows, vocab] fp32, u [rows] in [0, 1) -> tokens [rows], their log-probs [rows] fp32;
-    temperature 0 takes the best.
-
-    By the inverse of the distribution function: the first token whose cumulative probability exceeds u. In
-    fp64, so that the sum over 150,000 tokens does not round small probabilities away."""
-    logp = torch.log_softmax(logits / (temperature or 1.0), -1)
-    if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:
-        cdf = logp.double().exp().cumsum(-1)
-        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
-    return tokens[:, 0], logp.gather(1, tokens)[:, 0]
+def numbers(rows: list[Row]) -> list[float]:
+    """The random number of each row's next token."""
+    return [row.uniforms[len(row.episode.ids)] for row in rows]
 
 
 def uniforms(n: int, seed: int, step: int, row: int) -> list[float]:

@@ -4,9 +4,11 @@ on a laptop.
 People with a home and a colour. Of half of them the base model learns the facts by heart ("known": this
 world's MMLU); of the others it has seen the names, always with other facts ("unknown": this world's MuSiQue),
 so that only the corpus can tell. Some questions need two searches, the second built from the first one's
-result: "the home of the friend of N". Sums are known too and never appear in the RL mix (this world's GSM8K).
-The base model is trained from scratch on transcripts with poor search habits: it searches most of what it
-does not know, and more than half of what it knows.
+result: "the home of the friend of N". About known people ("composed") the model knows both facts and still
+cannot answer at once, as large models cannot (the compositionality gap, arXiv 2210.03350): it has to look
+them up, in the corpus or in its own weights. Sums are known too and never appear in the RL mix (this world's
+GSM8K). The base model is trained from scratch on transcripts with poor search habits: it searches most of
+what it does not know, and more than half of what it knows.
 
 A method that talks differently (`--method`) gets a base model of its own, trained on the same facts in that
 dialect. Every base model also learns to answer without a tool, so that what it knows can be asked.
@@ -14,8 +16,9 @@ dialect. Every base model also learns to answer without a tool, so that what it 
 What comes out is a folder of ordinary files, and grpo.py treats it as it treats a 7B model and Wikipedia:
 
     model/          a Llama model, 0.3 M parameters, with a word-level tokenizer and a chat template
-    train/          known.jsonl, unknown.jsonl (one search and two)
-    test/           known_train.jsonl, known_heldout.jsonl, unknown.jsonl, two_hop.jsonl, arithmetic.jsonl
+    train/          known.jsonl, composed.jsonl, unknown.jsonl (one search and two)
+    test/           known_train.jsonl, known_heldout.jsonl, composed.jsonl, unknown.jsonl, two_hop.jsonl,
+                    arithmetic.jsonl
     corpus.jsonl    every fact, the known ones too
 
     python toy.py --output_dir out/toy-world    # only builds it; grpo.py without --model does so by itself
@@ -46,6 +49,8 @@ COLOURS = "red blue green black white pink grey gold brown teal amber ivory".spl
 VALUES = {"home": HOMES, "colour": COLOURS}
 KNOWN_TRAIN, KNOWN_HELDOUT, UNKNOWN_TRAIN, UNKNOWN_TEST = 64, 32, 64, 32  # how many names of each kind
 
+RECALL, READING = 0.97, 0.75  # asked of a base model; reading is 0.1 at first, then 0.8 to 0.9
+
 PAD = 0  # id of <pad>
 
 CHAT_TEMPLATE = (  # of a system prompt one token is left: whether there is a search tool
@@ -62,12 +67,12 @@ class Config:
     output_dir: str = "out/toy-world"  # where the world is written
     method: str = "sem"  # the dialect of its transcripts: sem, ssrl, search-r1 or research
     seed: int = 0  # names, facts, transcripts and weights
-    steps: int = 800  # training steps of the base model; reading is learned in one jump, so train past it
+    steps: int = 800  # training steps of the base model; twice or three times as many if it can not read yet
     batch_size: int = 64  # transcripts a step
     learning_rate: float = 3e-3  # peak, after 100 steps of warm-up; falls to a tenth along a cosine
     hidden_size: int = 96  # width of the model
     layers: int = 3  # depth: copying from a result takes two layers, comparing names one more
-    search_known: float = 0.6  # share of known and of arithmetic transcripts that search all the same
+    search_known: float = 0.6  # share of transcripts about sums and known people that search
     search_unknown: float = 0.85  # share of unknown transcripts that search
     closed_book: float = 0.1  # share of transcripts without a tool: question, answer
 
@@ -90,10 +95,8 @@ class World:
         world = World(names[:cut], names[cut:])
         for relation, values in VALUES.items():
             world.facts |= {(relation, name): rng.choice(values) for name in names}
-        for group in (
-            world.unknown[:UNKNOWN_TRAIN],
-            world.unknown[UNKNOWN_TRAIN:],
-        ):  # a friend stays in its split
+        splits = (world.known, KNOWN_TRAIN), (world.unknown, UNKNOWN_TRAIN)
+        for group in (part for people, cut in splits for part in (people[:cut], people[cut:])):
             ring = rng.sample(group, len(group))
             world.facts |= {("friend", a): b for a, b in zip(ring, ring[1:] + ring[:1], strict=True)}
         return world
@@ -128,16 +131,18 @@ def sums() -> list[Question]:
 
 
 def splits(world: World) -> dict[str, list[Question]]:
-    """File name -> questions. The four test sets are on names that RL never sees; known_train shows what it
+    """File name -> questions. The test sets are on names that RL never sees; only known_train shows what it
     did see."""
     known_train, known_heldout = world.known[:KNOWN_TRAIN], world.known[KNOWN_TRAIN:]
     unknown_train, unknown_test = world.unknown[:UNKNOWN_TRAIN], world.unknown[UNKNOWN_TRAIN:]
     return {
         "train/known": world.questions(known_train, "known"),
+        "train/composed": world.questions(known_train, "composed", hops=2),
         "train/unknown": world.questions(unknown_train, "unknown")
         + world.questions(unknown_train, "unknown", hops=2),
         "test/known_train": world.questions(known_train, "known_train"),
         "test/known_heldout": world.questions(known_heldout, "known_heldout"),
+        "test/composed": world.questions(known_heldout, "composed", hops=2),
         "test/unknown": world.questions(unknown_test, "unknown"),
         "test/two_hop": world.questions(unknown_test, "two_hop", hops=2),
         "test/arithmetic": sums(),
@@ -184,8 +189,9 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
     """Token ids of one training text of the base model: a prompt and what a model without RL would do with
     it.
 
-    Of unknown people every transcript tells other facts, so that there is nothing to learn by heart."""
-    kind = rng.choices(["known", "unknown", "two_hop", "arithmetic"], [4, 3, 2, 2])[0]
+    Of unknown people every transcript tells other facts, so that there is nothing to learn by heart. A direct
+    answer to a question with two hops is always a guess."""
+    kind = rng.choices(["known", "composed", "unknown", "two_hop", "arithmetic"], [4, 2, 3, 2, 3])[0]
     relation = rng.choice(list(VALUES))
     draft = value = rng.choice(VALUES[relation])
     turns: list[tuple[str, list[Doc]]] = []  # (query, what the search returns)
@@ -193,8 +199,12 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
         a, b = rng.randrange(10), rng.randrange(10)
         thought, draft = f"{a} plus {b}", str(a + b)
         question, value, turns = f"what is {thought} ?", draft, [(thought, [])]
-    elif kind == "two_hop":
+    elif kind in ("composed", "two_hop"):
         name, friend = rng.sample(world.unknown, 2)
+        if kind == "composed":
+            name = rng.choice(world.known)
+            friend = world.facts["friend", name]
+            value = world.facts[relation, friend]
         thought, draft = f"{relation} of the friend of {name}", rng.choice(VALUES[relation])
         question = f"what is the {thought} ?"
         turns = [
@@ -236,18 +246,15 @@ def results(world: World, rng: random.Random, relation: str, name: str, value: s
     right = Doc("", name, says(relation, name, value))
     other, who = relation, rng.choice([someone for someone in world.unknown if someone != name])
     if rng.random() < 0.7:
-        others = VALUES if name in world.known else (*VALUES, "friend")
-        other, who = rng.choice([r for r in others if r != relation]), name
+        other, who = rng.choice([r for r in (*VALUES, "friend") if r != relation]), name
     told = rng.choice(VALUES.get(other, world.unknown))
     wrong = Doc("", who, says(other, who, world.facts[other, who] if who in world.known else told))
     return [right, wrong] if rng.random() < 0.7 else [wrong, right]
 
 
-def train_base(world: World, config: Config, tokenizer) -> LlamaForCausalLM:
-    """The base model: plain next-token prediction on transcripts, result tokens included (they teach
-    copying)."""
+def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(  # not Qwen2: for that type transformers 5 always loads Qwen's own tokenizer
+    return LlamaForCausalLM(  # not Qwen2: for that type transformers 5 always loads Qwen's own tokenizer
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
@@ -261,8 +268,12 @@ def train_base(world: World, config: Config, tokenizer) -> LlamaForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def train(model, world: World, rng: random.Random, config: Config, tokenizer):
+    """Plain next-token prediction on transcripts, result tokens included (they teach copying)."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-    rng = random.Random(f"transcripts {config.seed}")
     bar = tqdm(range(config.steps), desc="toy base model")
     for step in bar:
         decay = 0.55 + 0.45 * math.cos(math.pi * step / config.steps)
@@ -280,7 +291,7 @@ def train_base(world: World, config: Config, tokenizer) -> LlamaForCausalLM:
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
-    return model.eval()
+    model.eval()
 
 
 def padded(rows: list[list[int]]) -> torch.Tensor:
@@ -291,23 +302,22 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 @torch.no_grad()
 def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[float, float]:
     """(recall, reading) of the base model: the share of right answers about known people without a search,
-    and about the others behind a result.
+    and of right last thoughts about the others, which follow a result.
 
     RL sharpens what a model can do; a base model that recalls or reads badly would make the table say nothing
     about the method."""
     rng, config = random.Random("exam"), Config(method=method, search_known=0.0, search_unknown=1.0)
     texts = [transcript(world, rng, config, tokenizer) for _ in range(rows)]
     guess = model(input_ids=padded(texts)).logits.argmax(-1).tolist()  # [rows, width]: what it would say next
-    known, search, values = (
-        set(tokenizer.convert_tokens_to_ids(words)) for words in (world.known, ["<search>"], HOMES + COLOURS)
-    )
+    known, values = (set(tokenizer.convert_tokens_to_ids(words)) for words in (world.known, HOMES + COLOURS))
+    search, friend = tokenizer.convert_tokens_to_ids(["<search>", "friend"])
     recalled, read = [], []
     for text, said in zip(texts, guess, strict=True):
-        at = max((i for i, token in enumerate(text) if token in values), default=0)  # the final answer
-        if known & set(text):
-            recalled.append(said[at - 1] == text[at])
-        elif search & set(text) and at:
-            read.append(said[at - 1] == text[at])
+        at = [i for i, token in enumerate(text) if token in values]  # the answer's is the last
+        if known & set(text) and friend not in text:
+            recalled.append(said[at[-1] - 1] == text[at[-1]])
+        elif search in text and at:
+            read.append(said[at[-2] - 1] == text[at[-2]])  # the answer only repeats the thought
     return sum(recalled) / len(recalled), sum(read) / len(read)
 
 
@@ -324,11 +334,15 @@ def build(config: Config) -> Path:
         return out
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
-    model = train_base(world, config, tokenizer)
-    recall, reading = exam(model, world, tokenizer, config.method)
-    print(f"toy base model: recall {recall:.2f}, reading {reading:.2f}")
-    if recall < 0.97 or reading < 0.95:
-        raise DataError(f"the toy base model needs more than {config.steps} steps: recall 0.97, reading 0.95")
+    model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
+    for _ in range(3):  # reading is learned in one jump, with some seeds late
+        train(model, world, rng, config, tokenizer)
+        recall, reading = exam(model, world, tokenizer, config.method)
+        print(f"toy base model: recall {recall:.2f}, reading {reading:.2f}")
+        if recall >= RECALL and reading >= READING:
+            break
+    else:
+        raise DataError(f"the toy base model needs more than 3 x {config.steps} steps")
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, questions in splits(world).items():

@@ -38,6 +38,7 @@ from transformers.utils import logging
 from words import make_tokenizer
 
 import rollout
+import runner
 from data import Doc, Question, Template
 
 VOCABULARY, ROUNDS, SEED = 2048, 5, 0
@@ -120,7 +121,7 @@ def ours(model, tokenizer, questions, group: int, script: list[Row]) -> tuple[li
     """Contexts at the end, and the prefill tokens."""
     width = max(len(row.ids()) for row in script)
     padded = torch.tensor([token for row in script for token in row.ids() + [0] * (width - len(row.ids()))])
-    sample = rollout.sample
+    sample = runner.sample
 
     def scripted(logits, u, temperature):  # u says which token it is: see `numbered`
         return padded[u.long()], sample(logits, u / len(padded), temperature)[1]
@@ -128,15 +129,15 @@ def ours(model, tokenizer, questions, group: int, script: list[Row]) -> tuple[li
     def numbered(n, seed, step, row):
         return [float(i) for i in range(row * width, row * width + n)]
 
-    counts, kept = {}, (rollout.sample, rollout.uniforms)
-    rollout.sample, rollout.uniforms = scripted, numbered
+    counts, kept = {}, (runner.sample, rollout.uniforms)
+    runner.sample, rollout.uniforms = scripted, numbered
     try:
         episodes = rollout.rollout(
             model, tokenizer, TEMPLATE, questions, group_size=group, retriever=Shelf(), topk=1,
             max_searches=100, max_completion_length=width, max_doc_tokens=width, counts=counts,
         )  # fmt: skip
     finally:
-        rollout.sample, rollout.uniforms = kept
+        runner.sample, rollout.uniforms = kept
     return [e.prompt_ids + e.ids for e in episodes], counts["prefill_tokens"]
 
 

@@ -22,11 +22,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import rollout as module
+import runner
 from data import RESEARCH, SEARCH_R1, SEM, SSRL, DataError, Doc, Question, encode_result, render
 from model import load_model, probe
 from retriever import BM25, RetrieverError
 from reward import parse_episode, ssrl
-from rollout import SlotCache, by_tokens, end_ids, rollout, sample, step_hidden, uniforms
+from rollout import by_tokens, end_ids, rollout, uniforms
+from runner import SlotCache, sample, step_hidden
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
 SHAPES = ["qwen2", "qwen3", "llama", "gpt2"]
@@ -155,7 +157,7 @@ def script(monkeypatch):
             return tokens, torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0]
 
         monkeypatch.setattr(module, "uniforms", lambda n, seed, step, row: [float(row)] * n)
-        monkeypatch.setattr(module, "sample", scripted)
+        monkeypatch.setattr(runner, "sample", scripted)
 
     return start
 
@@ -329,7 +331,7 @@ def test_a_group_samples_in_proportion(temperature):
 def test_every_token_has_a_random_number_of_its_own(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        module, "sample", lambda logits, u, t: drawn.extend(u.tolist()) or sample(logits, u, t)
+        runner, "sample", lambda logits, u, t: drawn.extend(u.tolist()) or sample(logits, u, t)
     )
     model = build("llama", words())
     episodes = rollout(
@@ -792,7 +794,7 @@ def test_the_models_own_results_are_out_of_the_loss_to_the_token(script, monkeyp
         rows.append([vocabulary(tokenizer)[t] for t in "a >< info rmation >Ċ </ info rmati on>< b".split()])
     rows = [[*row, tokenizer.eos_token_id] for row in rows]
     script(rows, tokenizer.eos_token_id, score=False)
-    monkeypatch.setattr(module.Sampler, "forward", lambda _, slots, chunks: torch.zeros(len(chunks), 1))
+    monkeypatch.setattr(runner, "step_hidden", lambda _, cache, slots, ids, *rest: torch.zeros(*ids.shape, 8))
     model = build("qwen2", tokenizer, context=2048, hidden=8)  # is not asked
     episodes, merged = rollout(model, tokenizer, SSRL, questions(len(rows))), 0
     for e, row in zip(episodes, rows, strict=True):
@@ -1134,7 +1136,7 @@ def test_every_token_is_fed_once(shape, monkeypatch):
         serves[0] += 1
         return serve(*args)
 
-    monkeypatch.setattr(module, "step_hidden", counted)
+    monkeypatch.setattr(runner, "step_hidden", counted)
     monkeypatch.setattr(module.Sampler, "serve", counted_serve)
     model, shelf, counts = build(shape, words()), Shelf(), {"prefill_tokens": 1000}
     episodes = rollout(
@@ -1161,7 +1163,7 @@ def test_prefill_is_at_most_half_of_the_loops_that_do_it_again(
         counts["fed"] += int((positions <= last[:, None]).sum())
         return torch.zeros(*tokens.shape, 8)
 
-    monkeypatch.setattr(module, "step_hidden", counted)
+    monkeypatch.setattr(runner, "step_hidden", counted)
     tokenizer, counts = words(), {"fed": 0}
     blank = len(render(SEM, Question("", "", [], ""), tokenizer))
     asked = [Question(str(i), f"n{i}" + " of" * (prompt - blank - 1), ["n0"], "towers") for i in range(2)]

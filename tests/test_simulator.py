@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 import rollout
+import runner
 import simulator
 from data import Doc, Question
 from retriever import BM25
@@ -246,7 +247,7 @@ def eager(monkeypatch, world):  # noqa: F811
     """A policy whose rows all begin with a search, and a reward that differs within a group."""
     tokenizer = AutoTokenizer.from_pretrained(world["model"])
     begin = tokenizer.convert_tokens_to_ids("<think> w1 </think> <search> w2 </search>".split())
-    streams, real, random = {}, rollout.sample, rollout.uniforms
+    streams, real, random = {}, runner.sample, rollout.uniforms
 
     def sample(logits, u, temperature):
         tokens, logps = real(logits, u, temperature)
@@ -259,7 +260,7 @@ def eager(monkeypatch, world):  # noqa: F811
         return {"reward": sum(episode.ids) % 3 / 2, "em": 0.0}
 
     monkeypatch.setattr(rollout, "uniforms", lambda n, *key: random(1, *key) * n)  # a row's own number
-    monkeypatch.setattr(rollout, "sample", sample)
+    monkeypatch.setattr(runner, "sample", sample)
     monkeypatch.setitem(grpo.REWARDS, "eager", reward)
 
 

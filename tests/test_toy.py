@@ -6,8 +6,10 @@ closed-book part that knows neither tool nor tags. Building the world is grpo.py
 
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import toy
 from data import COT, DIRECT, RAG, DataError, Question, Template
@@ -46,6 +48,9 @@ def episode(text: str, method: str, question: Question) -> Episode:
     return Episode(question, [], segments=segments, searches=len(parts) // 2, stop=stop, template=template)
 
 
+HOPS = "composed", "two_hop"  # kinds of question that take two searches
+
+
 def gold(prompt: str, text: str) -> tuple[str | None, str]:
     """(the right answer by what the transcript's reader can know, kind of the question), found in the text
     and the world by rules of our own; None where nobody could know."""
@@ -56,7 +61,11 @@ def gold(prompt: str, text: str) -> tuple[str | None, str]:
     if "plus" in words:
         return str(int(words[0]) + int(words[2])), "arithmetic"
     if "friend" in words:
-        return told.get((words[0], told.get(("friend", words[-1])))), "two_hop"
+        value = told.get((words[0], told.get(("friend", words[-1]))))
+        if words[-1] not in WORLD.known:
+            return value, "two_hop"
+        assert value in (None, WORLD.facts[words[0], WORLD.facts["friend", words[-1]]])
+        return value, "composed"
     if words[-1] in WORLD.known:
         return WORLD.facts[words[0], words[-1]], "known"
     return told.get((words[0], words[-1])), "unknown"
@@ -74,7 +83,7 @@ def test_every_transcript_is_a_right_episode(method):
         searched = "S" in p.shape
         shapes.add(p.shape)
         kinds.add((kind, searched))
-        assert p.shape.count("S") == searched * (2 if kind == "two_hop" else 1), text
+        assert p.shape.count("S") == searched * (2 if kind in HOPS else 1), text
         assert e.searches == (0 if method == "ssrl" else p.shape.count("S"))
         if answer is None:
             assert not searched and p.answer in toy.HOMES + toy.COLOURS
@@ -84,16 +93,16 @@ def test_every_transcript_is_a_right_episode(method):
         if method == "sem":
             assert p.valid
             right = exact_match(p.first, question) == 1.0
-            assert right or kind in ("unknown", "two_hop")  # what it knows it also drafts
-            guesses += [right] * (kind in ("unknown", "two_hop"))
+            assert right or kind in ("unknown", *HOPS)  # what it knows it also drafts
+            guesses += [right] * (kind in ("unknown", *HOPS))
             assert paid == (not right if searched else right)
         elif method == "ssrl":
-            form = 0.5 if not searched else 2 / 3 if kind == "two_hop" else 1.0
+            form = 0.5 if not searched else 2 / 3 if kind in HOPS else 1.0
             assert paid == pytest.approx(0.9 + 0.1 * form)
         else:
             assert paid == 1.0
     assert shapes == SHAPES[method]
-    assert kinds == {(k, s) for k in ("known", "unknown", "two_hop", "arithmetic") for s in (True, False)}
+    assert kinds == {(k, s) for k in ("known", "unknown", *HOPS, "arithmetic") for s in (True, False)}
     if guesses:  # drafts about the unknown are right by chance, one in twelve
         assert 0 < sum(guesses) / len(guesses) < 0.25
 
@@ -101,7 +110,7 @@ def test_every_transcript_is_a_right_episode(method):
 @pytest.mark.parametrize("method", DIALECTS)
 def test_how_often_a_base_model_searches(method):
     rows = [(gold(*row)[1], "<search>" in row[1]) for row in transcripts(method, 1500, closed_book=0.0)]
-    for kinds, share in ((("known", "arithmetic"), 0.6), (("unknown", "two_hop"), 0.85)):
+    for kinds, share in ((("known", "composed", "arithmetic"), 0.6), (("unknown", "two_hop"), 0.85)):
         some = [searched for kind, searched in rows if kind in kinds]
         assert sum(some) / len(some) == pytest.approx(share, abs=0.06)
 
@@ -148,3 +157,36 @@ def test_no_world_of_an_unknown_dialect(tmp_path):
     with pytest.raises(DataError, match="--method semm"):
         toy.build(toy.Config(output_dir=str(tmp_path / "world"), method="semm"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", DIALECTS)
+@pytest.mark.parametrize("wrong, expected", [([], (1, 1)), ([-1], (0, 1)), ([-2], (1, 0))])
+def test_exam_asks_the_answer_and_the_thought_behind_a_result(method, wrong, expected):
+    """Not the answer behind that thought, which only repeats it. The stand-in says what comes next, but for
+    some of the values that a text names."""
+    values = set(TOKENIZER.convert_tokens_to_ids(toy.HOMES + toy.COLOURS))
+
+    def model(input_ids):
+        said = input_ids.roll(-1, 1)
+        for row in said:
+            named = [i for i, token in enumerate(row.tolist()) if token in values]
+            for i in wrong:
+                row[named[i] if len(named) >= -i else 0] = toy.PAD
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(said, len(TOKENIZER)))
+
+    assert toy.exam(model, WORLD, TOKENIZER, method) == expected
+
+
+@pytest.mark.parametrize("readings, rounds", [([0.9], 1), ([0.1, 0.9], 2), ([0.1, 0.1, 0.1], 3)])
+def test_a_base_model_that_can_not_read_is_trained_on(monkeypatch, tmp_path, capsys, readings, rounds):
+    trained, marks = [], iter(readings)
+    monkeypatch.setattr(toy, "train", lambda model, *args: trained.append(model))
+    monkeypatch.setattr(toy, "exam", lambda *args: (1.0, next(marks)))
+    config = toy.Config(output_dir=str(tmp_path / "world"))
+    if readings[-1] < toy.READING:
+        with pytest.raises(DataError, match="more than 3 x 800 steps"):
+            toy.build(config)
+        assert not list(tmp_path.iterdir())
+    else:
+        assert (toy.build(config) / "world.json").exists()
+    assert len(trained) == rounds and len(set(map(id, trained))) == 1

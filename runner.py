@@ -1,0 +1,192 @@
+"""The model's side of a rollout: keys and values in slots, one forward pass through them, the next token.
+
+`SlotCache` has a slot for every row in flight, `step_hidden` feeds any of the rows any number of tokens, each
+at its own position, `sample` draws. `Runner` puts them together, for prefills and for the decode steps, of
+which a rollout makes thousands. Which row is where, and what it is told, is rollout.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+from transformers.cache_utils import Cache
+
+
+class SlotCache(Cache):
+    """Keys and values of every row at the row's own positions: [slots, kv_heads, max_len + 1, head_dim] per
+    layer.
+
+    A row can be extended by one token or by a whole search result, a part of the rows can be stepped alone,
+    and a slot can be copied or handed on. There is no left padding. The last position is scratch: padding
+    inside a ragged step is written there."""
+
+    def __init__(self, config, slots: int, max_len: int, device, dtype):
+        super().__init__(layers=[])
+        shape = (slots, kv_shape(config)[1], max_len + 1, kv_shape(config)[2])
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(kv_shape(config)[0])]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.slots, self.max_len = slots, max_len
+
+    def aim(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
+        """Where the next forward pass writes and what it sees: the first `rows` slots, or these slots;
+        `positions` [rows, new]."""
+        first = isinstance(rows, int)
+        index = torch.arange(rows, device=positions.device) if first else rows
+        self.rows = slice(rows) if first else rows  # of the first slots attention reads a view
+        self.where = index[:, None], slice(None), positions  # [rows, new, kv_heads, head_dim] of a layer
+        self.kv_len = kv_len
+
+    def update(self, key, value, layer, *args, **kwargs):  # key, value [rows, kv_heads, new, head_dim]
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.where] = key.transpose(1, 2).to(keys.dtype)
+        values[self.where] = value.transpose(1, 2).to(values.dtype)
+        return keys[self.rows, :, : self.kv_len], values[self.rows, :, : self.kv_len]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0  # every call passes its own position_ids and mask
+
+    def copy(self, source: int, target, length: int):
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def swap(self, a: int, b: int, length: int):
+        for tensor in (*self.keys, *self.values):
+            tensor[[a, b], :, :length] = tensor[[b, a], :, :length]
+
+
+def kv_shape(config) -> tuple[int, int, int]:
+    """(layers, heads of keys and values, head size) of a model."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, head_dim
+
+
+def kv_bytes(config, dtype: torch.dtype) -> int:
+    """Bytes that one token takes in the cache."""
+    return 2 * math.prod(kv_shape(config)) * dtype.itemsize
+
+
+def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: int) -> torch.Tensor:
+    """One forward pass through the cache. ids, positions [rows, new], last [rows]: a row's last real
+    position; the rest is padding.
+
+    Returns hidden states [rows, new, H]. A position sees every position up to its own."""
+    sees = torch.arange(kv_len, device=ids.device) <= positions[..., None]  # [rows, new, kv_len]
+    padding = positions > last[:, None]
+    cache.aim(slots, positions.masked_fill(padding, cache.max_len), kv_len)
+    return model.base_model(
+        input_ids=ids,
+        attention_mask=sees[:, None],  # boolean [rows, 1, new, kv_len]; eager attention would add it
+        position_ids=positions.masked_fill(padding, 0),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [rows, vocab] fp32, u [rows] in [0, 1) -> tokens [rows], their log-probs [rows] fp32;
+    temperature 0 takes the best.
+
+    By the inverse of the distribution function: the first token whose cumulative probability exceeds u. In
+    fp64, so that the sum over 150,000 tokens does not round small probabilities away."""
+    logp = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        cdf = logp.double().exp().cumsum(-1)
+        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
+    return tokens[:, 0], logp.gather(1, tokens)[:, 0]
+
+
+@dataclass
+class Runner:
+    """A model and its cache at work: prefills, and decode steps of the first n slots.
+
+    On a GPU a decode step is a CUDA graph, since launching its kernels one by one takes longer than they do:
+    recorded once for each number of rows and length of cache, rounded up so that there are few, and replayed
+    from then on. All graphs share one pool of memory. What can not be recorded, or does not repeat the eager
+    step, runs as on a CPU, through the same lines."""
+
+    model: torch.nn.Module
+    cache: SlotCache
+    vocab_size: int  # ids beyond the tokenizer (a padded lm_head) are never sampled
+    temperature: float
+    records: bool  # whether decode steps become CUDA graphs
+    graphs: dict = field(default_factory=dict)  # (rows, kv_len) -> (graph, its outputs), or None
+
+    def __post_init__(self):
+        # what a decode step reads: token, position and random number of each row; -1: a row of padding
+        self.inputs = torch.zeros(3, self.cache.slots, dtype=torch.float64, device=self.model.device)
+        self.pool = torch.cuda.graph_pool_handle() if self.records else None
+
+    def prefill(self, slots: list[int], starts: list[int], chunks: list[list[int]]) -> torch.Tensor:
+        """Feeds each slot its chunk of ids, from its start position on. Returns the last logits [rows, vocab]
+        fp32."""
+        device, new = self.model.device, max(map(len, chunks))
+        ids = torch.tensor([chunk + [0] * (new - len(chunk)) for chunk in chunks], device=device)
+        start, slots = torch.tensor(starts, device=device), torch.tensor(slots, device=device)
+        last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
+        positions = start[:, None] + torch.arange(new, device=device)  # [rows, new]
+        kv_len = max(s + len(chunk) for s, chunk in zip(starts, chunks, strict=True))
+        hidden = step_hidden(self.model, self.cache, slots, ids, positions, start + last, kv_len)
+        return self.logits(hidden[torch.arange(len(chunks), device=device), last])
+
+    def decode(self, tokens: list[int], positions: list[int], u: list[float]):
+        """Feeds each of the first n slots a token at its position, and samples the next with its random
+        number u. Returns them and their log-probs, [n] each: views that the next call overwrites."""
+        n, rows, kv_len = len(tokens), len(tokens), max(positions) + 1
+        if self.records:
+            rows, kv_len = min(roomy(n, 8), self.cache.slots), min(roomy(kv_len, 64), self.cache.max_len)
+            self.inputs[1, n:rows] = -1
+        self.inputs[:, :n] = torch.tensor([tokens, positions, u], dtype=torch.float64)
+        if self.records and (rows, kv_len) not in self.graphs:
+            self.graphs[rows, kv_len] = self.record(rows, kv_len)
+        if recorded := self.graphs.get((rows, kv_len)):
+            graph, drawn = recorded
+            graph.replay()
+        else:
+            drawn = self.step(rows, kv_len)
+        return drawn[0][:n], drawn[1][:n]
+
+    def step(self, rows: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decode step: reads `inputs`, and neither reads nor writes anything on the host. What a row of
+        padding writes goes into the scratch of its slot."""
+        tokens, last, u = self.inputs[:, :rows]
+        tokens, last = tokens.long()[:, None], last.long()
+        positions = last.clamp(min=0)[:, None]
+        hidden = step_hidden(self.model, self.cache, rows, tokens, positions, last, kv_len)
+        return sample(self.logits(hidden[:, 0]), u, self.temperature)
+
+    def record(self, rows: int, kv_len: int) -> tuple | None:
+        """(graph, the tensors that a replay fills). A step may be done twice: it writes the same keys and
+        values into the same places."""
+        eager = self.step(rows, kv_len)  # also loads what must be there before a recording
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                drawn = self.step(rows, kv_len)
+            graph.replay()
+        except RuntimeError as error:
+            self.records = False
+            tqdm.write(f"warning: decoding without CUDA graphs: {str(error).splitlines()[0]}")
+            return None
+        return (graph, drawn) if torch.equal(drawn[0], eager[0]) else None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, H] -> logits [rows, vocab] fp32."""
+        logits = hidden @ self.model.get_output_embeddings().weight.T  # all: an odd width is slow on a GPU
+        return logits[:, : self.vocab_size].float()
+
+    def draw(self, logits: torch.Tensor, u: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        u = torch.tensor(u, dtype=torch.float64, device=logits.device)
+        return sample(logits, u, self.temperature)
+
+
+def roomy(n: int, least: int) -> int:
+    """`n` rounded up by a quarter at most, or to a multiple of `least`."""
+    step = max(least, 1 << max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
