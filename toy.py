@@ -335,7 +335,7 @@ def build(config: Config) -> Path:
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
     model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
-    for _ in range(3):  # reading is learned in one jump, with some seeds late
+    for _ in range(3):  # reading is learned in one jump, with some weights late
         train(model, world, rng, config, tokenizer)
         recall, reading = exam(model, world, tokenizer, config.method)
         print(f"toy base model: recall {recall:.2f}, reading {reading:.2f}")

@@ -213,7 +213,7 @@ def main(config: Config):
     version = torch.__version__.partition("+")[0]
     note = (
         f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
-        f"{config.max_steps} steps, {config.jobs} CPU cores, torch {version}. Mean over the seeds (of the "
+        f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. Mean over the seeds (of the "
         f"happy and the shy base: {config.habit_seeds}), in brackets their range. {minutes:.0f} minutes for "
         "what was not there before. Own reward: the mean of 1,024 sampled episodes on the training questions."
     )

@@ -32,6 +32,7 @@ from transformers import (
 
 import evaluate
 import rollout
+import runner
 from data import DIRECT, SEM, DataError, Doc, Question, load
 from evaluate import Record, bootstrap, measure, report, summary, wilson
 from retriever import RetrieverError
@@ -288,7 +289,7 @@ def script(monkeypatch):
             return torch.tensor(tokens), torch.zeros(len(tokens))
 
         monkeypatch.setattr(rollout, "uniforms", lambda n, seed, step, row: [float(row)] * n)
-        monkeypatch.setattr(rollout, "sample", scripted)
+        monkeypatch.setattr(runner, "sample", scripted)
         monkeypatch.setattr(evaluate, "rollout", spied)
 
     start(episode)
