@@ -1,6 +1,6 @@
 """The toy table: every method of the papers in one world, the same number of steps, several seeds.
 
-    python bench/methods.py --seeds 0,1,2        # about an hour on 2 cores; writes its section of README.md
+    python bench/methods.py --seeds 0,1,2        # over an hour on 2 cores; writes its part of README.md
 
 A row is a model and a way to use it; a cell is the mean over the seeds, and their range where they differ.
 The base models of all dialects have learnt the same facts for the same number of steps. What is done already
