@@ -49,7 +49,7 @@ def grpo_loss_from_logits(
 # helps nothing, so these are left out, and one compilation serves every N.
 @triton.jit(
     do_not_specialize=["n"],
-    do_not_specialize_on_alignment=["target", "old_logps", "ref_logps", "advantages", "scale", "out"],
+    do_not_specialize_on_alignment=["target", "old_logps", "ref_logps", "advantages", "scale"],
 )
 def _visit_row(
     logits, target, old_logps, ref_logps, advantages, scale, out,  # [N, width], [N] each, [5, N]

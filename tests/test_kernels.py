@@ -5,6 +5,7 @@ Triton's interpreter. The judge is the unfused formula in float64, of the same n
 """
 
 import importlib
+import json
 import math
 import os
 import subprocess
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kernels
 from kernels import chunked, reference
 
+ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 BIG = [pytest.param(v, 1.0, marks=gpu) for v in (128256, 151936, 152064, 262144)]
@@ -615,7 +617,7 @@ def test_which_code_runs(monkeypatch):
         "kernels.token_logps(t, t, y); sys.exit('triton' in sys.modules)"
     )
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -721,6 +723,21 @@ def test_one_compilation_serves_every_n():
     for n in range(1, 51):
         kernels.grpo_loss_from_logits(many[0][:n], *(x[n : 2 * n] for x in many[1:]), **OPTIONS)
     assert compiled() == before > 0
+
+
+def test_compiled_for_an_h200():
+    """On any machine, since only a launch needs the GPU: one compilation serves 50 numbers of rows. What it
+    yields fits into the registers, so that nothing is spilled to memory and at least two programs share a
+    multiprocessor, and moves 16 bytes at once; the target's logit is read alone."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "hopper.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["launches"] == 50 and found["compilations"] == 1
+    assert found["spilled"] == 0 and found["registers"] <= 128
+    assert found["accesses"]["b16"] == 1 and found["accesses"]["v4.b32"] >= 8
 
 
 @gpu
