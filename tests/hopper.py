@@ -1,0 +1,78 @@
+"""Compiles the loss kernel for an H200 on a machine that has none, and prints what came of it as one line of
+JSON. A program of its own: a process in which Triton's interpreter was asked for can not compile.
+
+Triton asks its driver for the GPU to compile for, and only a launch needs one. So the driver is replaced, and
+every launch by `warmup`, which does all the same up to the launch itself.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from kernels import triton_loss
+
+
+class Hopper:
+    """As much of a driver as a compilation asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+class WarmUp:
+    """`kernel[grid](..)` compiles, and keeps what was compiled."""
+
+    def __init__(self, kernel):
+        self.kernel, self.compiled = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+        return launch
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread has, and bytes that did not fit into them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def main():
+    triton.runtime.driver.set_active(Hopper())
+    launches = triton_loss._visit_row = WarmUp(triton_loss._visit_row)
+    vocab, options = 151_936, {"epsilon": 0.2, "epsilon_high": 0.3, "beta": 0.1}
+    logits, target = torch.empty(50, vocab, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.int64)
+    columns = [torch.zeros(100) for _ in range(4)]
+    for n in range(1, 51):  # n: 1, odd, divisible by 16; columns that begin at odd addresses too
+        cut = [x[n : 2 * n] for x in (target, *columns)]
+        triton_loss.grpo_loss_from_logits(logits[:n], *cut, **options)
+    kernel = launches.compiled[-1]
+    accesses = re.findall(r"(?:ld|st)\.global\.(\S+)", kernel.asm["ptx"])  # v4.b32: 16 bytes at once
+    result = {
+        "launches": len(launches.compiled),
+        "compilations": len({id(k) for k in launches.compiled}),
+        "accesses": {kind: accesses.count(kind) for kind in accesses},
+        **usage(kernel.asm["cubin"]),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
