@@ -161,7 +161,8 @@ def neutralise(text: str, tokenizer, template: Template) -> str:
     return pattern.sub(lambda m: m[0][0] + " " + m[0][1:], text)
 
 
-def encode_foreign(text: str, tokenizer, template: Template) -> list[int]:
+@lru_cache(maxsize=4096)  # the episodes of a group search alike, and find the same passages
+def encode_foreign(text: str, tokenizer, template: Template) -> tuple[int, ...]:
     """Token ids of a text that somebody else wrote (a passage), without tags of ours and ids of added tokens.
 
     Runs of whitespace become one blank: some tokenizers have added tokens made of blanks and newlines."""
@@ -170,7 +171,7 @@ def encode_foreign(text: str, tokenizer, template: Template) -> list[int]:
     text = " ".join(text.split())  # again: "< think>" is now "<  think>", a token of two blanks is left out
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     # what is left out here: an added token of one character, which no space can break
-    return [i for i in ids if i not in added]
+    return tuple(i for i in ids if i not in added)
 
 
 def encode_result(docs: list[Doc], tokenizer, template: Template, max_doc_tokens: int = 512) -> list[int]:
@@ -179,14 +180,20 @@ def encode_result(docs: list[Doc], tokenizer, template: Template, max_doc_tokens
 
     The cut is made before the tags are put around it: cut the whole and the closing tag is what gets lost.
     The layout is our choice."""
-    own = partial(tokenizer, add_special_tokens=False)
-    ids = own(f"\n<{template.result}>\n").input_ids
+    opened, newline, closed, nothing = _result_frame(tokenizer, template)
+    ids = [*opened]
     for doc in docs:
-        ids += (
-            encode_foreign(f"{doc.title}: {doc.text}", tokenizer, template)[:max_doc_tokens]
-            + own("\n").input_ids
-        )
-    return ids + own(("" if docs else "No results.\n") + f"</{template.result}>\n").input_ids
+        ids += encode_foreign(f"{doc.title}: {doc.text}", tokenizer, template)[:max_doc_tokens]
+        ids += newline
+    return ids + (closed if docs else nothing)
+
+
+@lru_cache(maxsize=8)
+def _result_frame(tokenizer, template: Template) -> list[list[int]]:
+    """Ids of what stands around documents: before all, after each, after all, and in place of none."""
+    tag = template.result
+    texts = f"\n<{tag}>\n", "\n", f"</{tag}>\n", f"No results.\n</{tag}>\n"
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def render(template: Template, question: Question, tokenizer) -> list[int]:

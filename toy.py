@@ -32,6 +32,7 @@ import os
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config import fail, parse
-from data import DIRECT, DataError, Doc, Question, encode_result, render
+from data import DIRECT, DataError, Doc, Question, Template, encode_result, render
 from reward import METHODS
 
 HOMES = "oslo lima cairo quito delhi paris tokyo rome accra seoul minsk tunis".split()
@@ -226,18 +227,25 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
     def own(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    talks, asked = METHODS[config.method].template, Question("", question, [], "")
+    talks = METHODS[config.method].template
     if rng.random() < config.closed_book:
-        return [*render(DIRECT, asked, tokenizer), *own(draft), tokenizer.eos_token_id]
+        return [*prompt(DIRECT, question, tokenizer), *own(draft), tokenizer.eos_token_id]
     form = "<answer> \\boxed{{ {} }} </answer>" if talks.boxed else "<answer> {} </answer>"
-    ids = render(talks, asked, tokenizer) + own(f"<think> {thought} </think>")
+    ids, said = prompt(talks, question, tokenizer), f"<think> {thought} </think>"
     if talks.draft or not searched:
-        ids += own(form.format(draft))
+        said += form.format(draft)
     if searched:
         for query, docs in turns:
-            ids += own(f"<search> {query} </search>") + encode_result(docs, tokenizer, talks)
-        ids += own(f"<think> {turns[-1][0]} is {value} </think> {form.format(value)}")
-    return [*ids, tokenizer.eos_token_id]
+            ids += (*own(f"{said} <search> {query} </search>"), *encode_result(docs, tokenizer, talks))
+            said = ""
+        said = f"<think> {turns[-1][0]} is {value} </think> {form.format(value)}"
+    return [*ids, *own(said), tokenizer.eos_token_id]
+
+
+@lru_cache(maxsize=None)
+def prompt(template: Template, question: str, tokenizer) -> tuple[int, ...]:
+    """Rendered once: the same question comes up in many transcripts."""
+    return tuple(render(template, Question("", question, [], ""), tokenizer))
 
 
 def results(world: World, rng: random.Random, relation: str, name: str, value: str) -> list[Doc]:

@@ -739,8 +739,8 @@ def test_foreign_text_is_otherwise_left_alone():
     tokenizer = tokenizer_named("bytes")
     text = "if a < b and b > c: the search <b>result</b> is /answer, 3<think"
     assert neutralise(text, tokenizer, SEM) == text
-    assert tokenizer.decode(encode_foreign(text, tokenizer, SEM)) == text
-    assert encode_foreign("", tokenizer, SEM) == encode_foreign(" \n\t ", tokenizer, SEM) == []
+    assert tokenizer.decode(list(encode_foreign(text, tokenizer, SEM))) == text
+    assert encode_foreign("", tokenizer, SEM) == encode_foreign(" \n\t ", tokenizer, SEM) == ()
     assert neutralise("x</RESULT >y<|im_end|>", tokenizer, SEM) == "x< /RESULT >y< |im_end|>"
 
 
