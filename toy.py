@@ -32,7 +32,7 @@ import os
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -242,7 +242,7 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
     return [*ids, *own(said), tokenizer.eos_token_id]
 
 
-@lru_cache(maxsize=None)
+@cache
 def prompt(template: Template, question: str, tokenizer) -> tuple[int, ...]:
     """Rendered once: the same question comes up in many transcripts."""
     return tuple(render(template, Question("", question, [], ""), tokenizer))
