@@ -1,7 +1,7 @@
 """Questions in, prompts out: what a row is, how a method talks, the loaders, the balanced mix of a step.
 
 Here: `Question`, `Doc`, `Template` and the prompt of every method, one loader for each data set, the mix as a
-function of (seed, step), and `neutralise`, which turns foreign text into text that can not act as a tag or a
+function of (seed, step), and `neutralise`, which turns foreign text into text that cannot act as a tag or a
 special token. Not here: retrieval (retriever.py), answer matching (reward.py).
 
     from data import load, render, SEM
@@ -330,7 +330,7 @@ def _context(row: dict) -> list[tuple[str, str]]:
 
 
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
-_SETS = {  # name: repo on the hub, parser of a row, what to give where the hub can not be used
+_SETS = {  # name: repo on the hub, parser of a row, what to give where the hub cannot be used
     "musique": ("dgslibisey/MuSiQue", _musique, "the official JSONL file"),
     "mmlu": ("cais/mmlu", _mmlu, "the official CSV folder"),
     "hotpotqa": ("hotpotqa/hotpot_qa", _two_hop, "the official JSON file"),
@@ -416,7 +416,7 @@ def _download(name: str, files: list[str]) -> list[Path]:
         advice = f"pip install pyarrow, or give {form}: {name}:PATH"
         raise DataError(f"{repo} is stored as parquet: {advice}") from e
     except Exception as e:  # no network, no access, a full disk, a broken proxy: they share no class
-        reason = f"{repo} can not be fetched from the hub ({type(e).__name__})"
+        reason = f"{repo} cannot be fetched from the hub ({type(e).__name__})"
         raise DataError(f"{reason}: give {form} instead: {name}:PATH") from e
 
 

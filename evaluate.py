@@ -41,6 +41,7 @@ from model import load_model, probe
 from retriever import BM25, Remote, RetrieverError, load_corpus
 from reward import METHODS, exact_match, f1, parse_episode
 from rollout import Episode, decode, rollout
+from runner import Runner
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Config:
     max_doc_tokens: int = 512  # tokens a document is cut to
     eval_size: int = 0  # questions of each set, drawn once; 0: all
     batch_size: int = 64  # episodes sampled at once; fewer take less memory
+    cuda_graphs: bool = True  # on a GPU, decode steps as CUDA graphs
     tau: float = 0.5  # F1 from which a draft counts as right
     known: str = ""  # eval.json that this program wrote of the base model: over_search for what it knew
     closed_book: bool = True  # two more passes, three times the time; over_search and others need them
@@ -455,6 +457,7 @@ def check(config: Config, given: set[str] = frozenset()) -> Config:
 
 def main(config: Config, given: set[str] = frozenset()):
     config = check(config, given)
+    Runner.cuda_graphs = config.cuda_graphs
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sets = load_sets(config.data, "test", config.eval_size)
     if config.judge_url:
@@ -536,5 +539,7 @@ if __name__ == "__main__":
     config, given = parse(Config, "evaluate.py")
     try:
         main(config, given)
+    except torch.OutOfMemoryError:
+        fail("evaluate.py", "out of GPU memory: try a smaller --batch_size or --max_completion_length")
     except (DataError, RetrieverError, OSError) as error:
         fail("evaluate.py", error)

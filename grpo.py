@@ -40,7 +40,7 @@ from evaluate import evaluate, load_sets, markdown, open_retriever, summary
 from model import load_model, probe
 from reward import METHODS, REWARDS, dialect, exact_match, parse_episode, sandbag_suspects
 from rollout import Episode, by_tokens, rollout
-from runner import kv_bytes
+from runner import Runner, kv_bytes
 from simulator import CorpusSimulator, ModelSimulator, noise
 
 
@@ -74,6 +74,7 @@ class Config:
     topk: int = 5  # documents a search returns (ReSearch)
     max_doc_tokens: int = 512  # tokens a document is cut to, by itself (our choice)
     rollout_slots: int = 0  # rows in flight at once; 0: from free memory, resolved once (our choice)
+    cuda_graphs: bool = True  # on a GPU, decode steps as CUDA graphs; what cannot be recorded runs eagerly
     simulator: str = ""  # zerosearch: the model that plays the engine, hub id or directory; none: the corpus
     noise_start: float = 0.0  # zerosearch: share of noisy results at the start (ZeroSearch, arXiv 2505.04588)
     noise_end: float = 0.5  # and at the end (ZeroSearch)
@@ -344,6 +345,8 @@ def episode_metrics(
     if "f1_a1" in parts[0]:
         suspects, searched = sandbag_suspects(parts, config.num_generations, config.tau)
         metrics["sandbag_suspects"] = suspects / searched if searched else 0.0
+    if episodes[0].template.own_results:  # searches in its own weights; the environment answers none
+        metrics["tools/self_searches"] = sum(parse_episode(e).shape.count("S") for e in episodes) / n
     for source in sorted({e.question.source for e in episodes}):
         own = [e for e in episodes if e.question.source == source]
         right = sum(exact_match(parse_episode(e).answer, e.question) for e in own)
@@ -364,6 +367,7 @@ class Run:
         self.config, self.step, self.progress = config, 0, sys.stderr.isatty()
         self.method = METHODS[config.method]
         self.out = Path(config.output_dir)
+        Runner.cuda_graphs = config.cuda_graphs
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.sources = load_sets(config.train, "train")
@@ -673,12 +677,12 @@ def resolve(config: Config, given: set[str]) -> Config:
         except (ValueError, TypeError) as error:
             raise DataError(f"--resume: {stored} is not the settings of a run: {error}") from error
         free = {"resume", "output_dir", "max_steps", "save_steps", "save_total_limit", "log_completions"}
-        free |= {"retriever", "rollout_slots", "micro_batch_tokens", "gradient_checkpointing"}
+        free |= {"retriever", "rollout_slots", "micro_batch_tokens", "gradient_checkpointing", "cuda_graphs"}
         if before.method in METHODS and METHODS[before.method].simulated:
             free -= {"max_steps"}  # the share of noise depends on it
         if wrong := [n for n in sorted(given - free) if getattr(config, n) != getattr(before, n)]:
             raise DataError(
-                f"--resume: --{wrong[0]} is {getattr(before, wrong[0])} in {stored} and can not be changed"
+                f"--resume: --{wrong[0]} is {getattr(before, wrong[0])} in {stored} and cannot be changed"
             )
         try:
             return check(replace(before, **{name: getattr(config, name) for name in given}))
@@ -794,6 +798,8 @@ def program(name: str = "grpo.py"):
     config, given = parse(Config, name, toy=TOY)
     try:
         sys.exit(main(config, given))
+    except torch.OutOfMemoryError:  # in the evaluation: `train` has its own
+        fail(name, "out of GPU memory: try a smaller --rollout_slots or --max_completion_length")
     except (DataError, OSError) as error:
         fail(name, error)
 

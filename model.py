@@ -4,7 +4,7 @@
 one clear line, before anything is trained. How tokens are sampled is in rollout.py.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
-    probe(model, tokenizer, 4096)                      # DataError if it can not be sampled at that length
+    probe(model, tokenizer, 4096)                      # DataError if it cannot be sampled at that length
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def probe(model, tokenizer, max_len: int):
         ours = step_hidden(model, cache, 2, rest, lengths[:, None] + second, torch.full_like(lengths, 6), 7)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise DataError(
-            f"{config.model_type}: can not be sampled through the slot cache: {first_line(error)}"
+            f"{config.model_type}: cannot be sampled through the slot cache: {first_line(error)}"
         ) from error
     finally:
         model.train(was_training)

@@ -33,7 +33,7 @@ from config import fail, parse
 from data import DataError, Doc
 
 MAX_REQUEST, MAX_REPLY = 2**20, 2**26  # bytes: what the server reads and what the client reads
-MAX_TOPK = 100  # of the server: a small request can not ask for the whole corpus a thousand times
+MAX_TOPK = 100  # of the server: a small request cannot ask for the whole corpus a thousand times
 BACKOFF = 0.5  # seconds before the first retry, doubled for each one after it
 ALL = slice(None)
 TINY = np.nextafter(0.0, 1.0)  # score >= TINY is score > 0

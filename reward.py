@@ -25,7 +25,7 @@ The methods that SEM is compared with pay for the final answer; nothing in these
     search-r1   EM          zerosearch   F1          research   F1, at least 0.1 for a sound format, else 0
     ssrl        0.9 EM + 0.1 format
 
-Only what the policy wrote is ever read, segment by segment. Retrieved text can not answer, close a tag or
+Only what the policy wrote is ever read, segment by segment. Retrieved text cannot answer, close a tag or
 break the structure. To add a reward, write a function and name it in the tables at the end."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Batched sampling through the search loop: questions in, token-exact episodes out. No `generate`, no
 re-tokenising, no re-prefilling.
 
-Two groups of two rows, and slots in the cache for one of them (columns are steps):
+Two groups of two rows, and slots in the cache for one of them (columns are tokens, not to scale):
 
     row 0   PPPP think.. answer.. search.. ~~~~ RRRR think.. answer.. <eos>
     slot    0000 0000000000000000000000000 1111 1111 0000000000000000000000
@@ -45,7 +45,7 @@ from data import SEM, DataError, Question, Template, encode_result, render
 from retriever import RetrieverError
 from runner import Runner, SlotCache
 
-SERVE_EVERY = 8  # decode steps between two looks at the rows that wait; fixed: a run repeats itself
+SERVE_EVERY = 8  # decode steps between two looks at the rows that wait: no time, so that runs can repeat
 PREFILL_TOKENS = 16384  # padded tokens of one prefill pass: bounds its activations
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
@@ -48,13 +49,16 @@ class SlotCache(Cache):
     def get_seq_length(self, layer: int = 0) -> int:
         return 0  # every call passes its own position_ids and mask
 
-    def copy(self, source: int, target, length: int):
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+    def copy(self, source: int, targets: list[int], length: int):
+        if targets:
+            index = torch.tensor(targets, device=self.keys[0].device)  # made once, not in each layer
+            for tensor in (*self.keys, *self.values):
+                tensor[index, :, :length] = tensor[source, :, :length]
 
-    def swap(self, a: int, b: int, length: int):
+    def swap(self, a: list[int], b: list[int], length: int):
+        index = torch.tensor([a + b, b + a], device=self.keys[0].device)
         for tensor in (*self.keys, *self.values):
-            tensor[[a, b], :, :length] = tensor[[b, a], :, :length]
+            tensor[index[0], :, :length] = tensor[index[1], :, :length]
 
 
 def kv_shape(config) -> tuple[int, int, int]:
@@ -107,10 +111,11 @@ class Runner:
     """A model and its cache at work: prefills, and decode steps of the first n slots.
 
     On a GPU a decode step is a CUDA graph, since launching its kernels one by one takes longer than they do:
-    recorded once for each number of rows and length of cache, rounded up so that there are few, and replayed
-    from then on. All graphs share one pool of memory. What can not be recorded, or does not repeat the eager
-    step, runs as on a CPU, through the same lines."""
+    recorded once in a rollout for each number of rows and length of cache, rounded up so that there are few,
+    and replayed from then on. All graphs share one pool of memory. What cannot be recorded, or does not
+    repeat the eager step, runs as on a CPU, through the same lines."""
 
+    cuda_graphs: ClassVar[bool] = True  # false: no graphs; so too, from then on, once a recording has failed
     model: torch.nn.Module
     cache: SlotCache
     vocab_size: int  # ids beyond the tokenizer (a padded lm_head) are never sampled
@@ -121,6 +126,7 @@ class Runner:
     def __post_init__(self):
         # what a decode step reads: token, position and random number of each row; -1: a row of padding
         self.inputs = torch.zeros(3, self.cache.slots, dtype=torch.float64, device=self.model.device)
+        self.records = self.records and Runner.cuda_graphs
         self.pool = torch.cuda.graph_pool_handle() if self.records else None
 
     def prefill(self, slots: list[int], starts: list[int], chunks: list[list[int]]) -> torch.Tensor:
@@ -164,17 +170,21 @@ class Runner:
     def record(self, rows: int, kv_len: int) -> tuple | None:
         """(graph, the tensors that a replay fills). A step may be done twice: it writes the same keys and
         values into the same places."""
-        eager = self.step(rows, kv_len)  # also loads what must be there before a recording
-        graph = torch.cuda.CUDAGraph()
+        eager = self.step(rows, kv_len)  # also loads kernels and workspaces, which a recording must not do
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 drawn = self.step(rows, kv_len)
             graph.replay()
         except RuntimeError as error:
-            self.records = False
+            torch.cuda.set_stream(stream)  # a recording that breaks off leaves its own
+            self.records = Runner.cuda_graphs = False
             tqdm.write(f"warning: decoding without CUDA graphs: {str(error).splitlines()[0]}")
             return None
-        return (graph, drawn) if torch.equal(drawn[0], eager[0]) else None
+        if not torch.equal(drawn[0], eager[0]):
+            tqdm.write(f"warning: no CUDA graph of {rows} rows and {kv_len} positions: it draws other tokens")
+            return None
+        return graph, drawn
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, H] -> logits [rows, vocab] fp32."""

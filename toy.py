@@ -50,7 +50,7 @@ COLOURS = "red blue green black white pink grey gold brown teal amber ivory".spl
 VALUES = {"home": HOMES, "colour": COLOURS}
 KNOWN_TRAIN, KNOWN_HELDOUT, UNKNOWN_TRAIN, UNKNOWN_TEST = 64, 32, 64, 32  # how many names of each kind
 
-RECALL, READING = 0.97, 0.75  # asked of a base model; reading is 0.1 at first, then 0.8 to 0.9
+RECALL, READING = 0.97, 0.75  # the least in `exam`; reading jumps from 0.1 to 0.8 or 0.9 while training
 
 PAD = 0  # id of <pad>
 
@@ -68,7 +68,7 @@ class Config:
     output_dir: str = "out/toy-world"  # where the world is written
     method: str = "sem"  # the dialect of its transcripts: sem, ssrl, search-r1 or research
     seed: int = 0  # names, facts, transcripts and weights
-    steps: int = 800  # training steps of the base model; twice or three times as many if it can not read yet
+    steps: int = 800  # training steps of the base model; twice or three times as many if it cannot read yet
     batch_size: int = 64  # transcripts a step
     learning_rate: float = 3e-3  # peak, after 100 steps of warm-up; falls to a tenth along a cosine
     hidden_size: int = 96  # width of the model
@@ -340,6 +340,8 @@ def build(config: Config) -> Path:
     stamp = out / "world.json"  # written last: where it stands, the rest is complete
     if stamp.exists() and stamp.read_text() == settings:
         return out
+    if out.exists() and not stamp.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} holds something that is no toy world; it is left as it is")
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
     model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
@@ -351,7 +353,7 @@ def build(config: Config) -> Path:
             break
     else:
         raise DataError(f"the toy base model needs more than 3 x {config.steps} steps")
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # two programs may build it at once
     shutil.rmtree(temporary, ignore_errors=True)
     for name, questions in splits(world).items():
         write_jsonl(

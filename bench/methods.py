@@ -3,8 +3,9 @@
     python bench/methods.py --seeds 0,1,2        # over an hour on 2 cores; writes its part of README.md
 
 A row is a model and a way to use it; a cell is the mean over the seeds, and their range where they differ.
-The base models of all dialects have learnt the same facts for the same number of steps. What is done already
-in --output_dir is not done again.
+The base models of all dialects have learnt the same facts, for the same number of steps, or for two or three
+times as many where they could not read yet. What is done already in --output_dir is not done again; in a
+world that was built anew it is an error.
 """
 
 import json
@@ -53,7 +54,7 @@ HABITS = {  # how often the transcripts of the base model search: known and sums
 SAME = "prompts_per_step num_generations max_completion_length max_searches topk learning_rate warmup_steps"
 TRAIN = [f"--{name}={TOY[name]}" for name in SAME.split()]  # what grpo.py takes without --model
 TRAIN_SETS = TOY["train"].split(",")
-BUDGET = "--topk 2 --max_searches 3 --max_completion_length 128 --batch_size 256".split()
+BUDGET = [f"--{name}={TOY[name]}" for name in ("topk", "max_searches", "max_completion_length")]
 
 
 @dataclass
@@ -84,13 +85,20 @@ def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
     return path
 
 
+def refuse_stale(made: Path, where: Path):
+    """A world built anew (its settings or toy.py changed) makes everything measured in the old one void."""
+    if made.exists() and made.stat().st_mtime < (where / "world.json").stat().st_mtime:
+        fail("methods.py", f"{made} is older than {where}: give another --output_dir, or remove it")
+
+
 def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
-    """Evaluates a model on the four kinds of question, unless that was done before."""
+    """Evaluates a model on every kind of question, unless that was done before."""
     names = KINDS if split == "test" else TRAIN_SETS
+    refuse_stale(output, where)
     data = ",".join(f"{where}/{split}/{name}.jsonl" for name in names)
     if not output.exists():
         run("evaluate.py", "--model", model, "--data", data, "--corpus", where / "corpus.jsonl",
-            "--output", output, *BUDGET, *flags)  # fmt: skip
+            "--output", output, "--batch_size", 256, *BUDGET, *flags)  # fmt: skip
 
 
 def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) -> dict[str, dict]:
@@ -104,9 +112,9 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         files[name] = out / f"eval {name} {config.max_steps} {seed}.json"
         return files[name]
 
-    def base(habit: str):
-        name = f"base, {habit}" if habit else "base (prompted)"
-        test(places["sem", habit] / "model", places["sem", habit], file(name), "--method", "sem")
+    def base(talks: str, habit: str):
+        name = "base, SSRL" if talks == "ssrl" else f"base, {habit}" if habit else "base (prompted)"
+        test(places[talks, habit] / "model", places[talks, habit], file(name), "--method", talks)
 
     def usage(name: str, *flags):
         test(home / "model", home, file(name), "--method", "sem", *flags)
@@ -115,6 +123,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         """Trains a model by the method of the row, unless that was done before."""
         method, reward, habit = runs[name]
         where = places[dialect(method), habit]
+        refuse_stale(target / "model.safetensors", where)
         if not (target / "model.safetensors").exists():
             shutil.rmtree(target, ignore_errors=True)
             run("grpo.py", "--model", model, "--method", method, "--reward", reward,
@@ -144,7 +153,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         if method == "ssrl":
             test(target, where, file("SSRL, real search"), "--real_searches", "all")
 
-    first = [pool.submit(base, habit) for talks, habit in dialects if talks == "sem"]
+    first = [pool.submit(base, *d) for d in dialects if d[0] in ("sem", "ssrl")]
     first += [pool.submit(usage, "always-search", "--baseline", "always")]
     first += [pool.submit(usage, "direct", "--baseline", "direct")]
     learn = out / f"eval train {seed}.json"
@@ -183,7 +192,8 @@ TABLES = [  # columns: measure, kinds of question
 def table(seeds: list[dict[str, dict]], measures: dict[str, tuple]) -> str:
     """The rows of all seeds as a markdown table with a column for each measure and kind of question."""
     names = ["base (prompted)", "always-search", "direct", "gate", *RUNS, *HABIT_RUNS]
-    names.insert(names.index("SSRL") + 1, "SSRL, real search")
+    at = names.index("SSRL")
+    names[at : at + 1] = ["base, SSRL", "SSRL", "SSRL, real search"]
     for habit in ("happy", "shy"):
         names.insert(names.index(f"SEM, {habit} base"), f"base, {habit}")
     names = [name for name in names if any(name in rows for rows in seeds)]

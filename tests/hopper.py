@@ -1,8 +1,10 @@
 """Compiles the loss kernel for an H200 on a machine that has none, and prints what came of it as one line of
-JSON. A program of its own: a process in which Triton's interpreter was asked for can not compile.
+JSON. A program of its own: a process in which Triton's interpreter was asked for cannot compile.
 
-Triton asks its driver for the GPU to compile for, and only a launch needs one. So the driver is replaced, and
-every launch by `warmup`, which does all the same up to the launch itself.
+    PYTHONPATH=. python tests/hopper.py
+
+Triton asks its driver which GPU to compile for, and only a launch needs a real one. So the driver is
+replaced, and every launch by `warmup`, which does all that comes before it.
 """
 
 import json

@@ -468,7 +468,7 @@ def test_hub_out_of_reach(monkeypatch, error):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert mistake("musique") == (
-        f"dgslibisey/MuSiQue can not be fetched from the hub ({type(error).__name__}): "
+        f"dgslibisey/MuSiQue cannot be fetched from the hub ({type(error).__name__}): "
         "give the official JSONL file instead: musique:PATH"
     )
 
@@ -482,7 +482,7 @@ def test_hub_offline(tmp_path):
         [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=60
     )
     assert out.stdout == (
-        "RUC-NLPIR/FlashRAG_datasets can not be fetched from the hub (LocalEntryNotFoundError): "
+        "RUC-NLPIR/FlashRAG_datasets cannot be fetched from the hub (LocalEntryNotFoundError): "
         "give a FlashRAG JSONL file instead: bamboogle:PATH\n"
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-MODULES = "kernels.reference data retriever rollout reward simulator evaluate grpo".split()
+MODULES = "kernels.reference data retriever rollout runner reward simulator evaluate grpo".split()
 ROW = re.compile(r"^(\| .* \| `([\w.]+)` \| )(\S+)( \|)$", re.MULTILINE)
 
 

@@ -1275,7 +1275,7 @@ REFUSED = {
         "gpt2: attention through the slot cache",
     ),
     "longrope": (lambda: other("phi3", **LONGROPE), "phi3: its longrope changes at 32"),
-    "llama4_text": (lambda: other("llama4_text"), "llama4_text: can not be sampled"),
+    "llama4_text": (lambda: other("llama4_text"), "llama4_text: cannot be sampled"),
 }
 
 
