@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +209,7 @@ def table(seeds: list[dict[str, dict]], measures: dict[str, tuple]) -> str:
 
 
 def main(config: Config):
-    out, start = Path(config.output_dir).absolute(), time.time()
+    out = Path(config.output_dir).absolute()
     out.mkdir(parents=True, exist_ok=True)
     seeds = config.seeds.split(",")
     if not all(map(str.isdecimal, seeds)) or config.jobs < 1:
@@ -219,13 +218,12 @@ def main(config: Config):
         rows = [seed_rows(out, int(seed), config, pool) for seed in seeds]
     text = "\n\n".join(table(rows, columns) for columns in TABLES)
     print(text)
-    minutes = (time.time() - start) / 60
     version = torch.__version__.partition("+")[0]
     note = (
         f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
         f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. Mean over the seeds (of the "
-        f"happy and the shy base: {config.habit_seeds}), in brackets their range. {minutes:.0f} minutes for "
-        "what was not there before. Own reward: the mean of 1,024 sampled episodes on the training questions."
+        f"happy and the shy base: {config.habit_seeds}), in brackets their range. Own reward: the mean of "
+        "1,024 sampled episodes on the training questions."
     )
     results.write("methods", f"{text}\n\n{note}", ROOT / "README.md")
 

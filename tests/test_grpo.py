@@ -749,3 +749,35 @@ def test_an_answer_ends_an_episode_as_an_end_token_does(model):
     )
     assert rows["completions/mean_terminated_length"] == (5 + 2 + 7) / 3
     assert rows["completions/clipped_ratio"] == 1 / 5
+
+
+def test_searches_in_its_own_weights_are_counted(model):
+    question = Question("1", "?", ["x"], "toy")
+    texts = "<search>a</search><information>b</information>" * 2, "<think>a</think>"
+    episodes = [
+        Episode(
+            question, [1], [2], [True], [0.0], [Segment("model", [2], text)], template=METHODS[m].template
+        )
+        for m, text in itertools.product(("ssrl", "search-r1"), texts)
+    ]
+    parts, rewards = [{"reward": 0.0}] * 2, torch.zeros(1, 2)
+    config = replace(grpo.Config(), num_generations=2)
+    own, other = (grpo.episode_metrics(episodes[i : i + 2], parts, rewards, config) for i in (0, 2))
+    assert own["tools/self_searches"] == 1.0 and own["tools/call_frequency"] == 0.0
+    assert "tools/self_searches" not in other
+
+
+@pytest.mark.parametrize("program", ["grpo.py", "evaluate.py"])
+def test_out_of_memory_beside_the_training_is_one_line(program, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("data.load", full)
+    monkeypatch.setattr("evaluate.load", full)
+    flags = "--model m", "--train t.jsonl" if program == "grpo.py" else "--data t.jsonl"
+    monkeypatch.setattr(sys, "argv", [program, *" ".join(flags).split()])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"{program}: error: out of GPU memory: try")
+    assert error.count("\n") == 1

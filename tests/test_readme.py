@@ -38,7 +38,7 @@ def test_commands_name_flags_that_exist(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     programs = map(importlib.import_module, ("grpo", "evaluate", "retriever", "methods"))
     flags = {name for program in programs for name in program.Config.__dataclass_fields__} | {"help"}
-    assert set(re.findall(r"(?<=--)[a-z_]+", README.read_text())) <= flags
+    assert set(re.findall(r"--(?:no-)?([a-z_]+)", README.read_text())) <= flags
 
 
 def test_a_method_of_your_own(tmp_path):

@@ -159,6 +159,17 @@ def test_no_world_of_an_unknown_dialect(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_toy_world_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(toy, "train", lambda *args: pytest.fail("trained"))
+    (tmp_path / "out").mkdir()
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_text("a night's work")
+    for place in (tmp_path / "out", weights):
+        with pytest.raises(DataError, match="holds something that is no toy world"):
+            toy.build(toy.Config(output_dir=str(place)))
+    assert weights.read_text() == "a night's work" and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
 @pytest.mark.parametrize("method", DIALECTS)
 @pytest.mark.parametrize("wrong, expected", [([], (1, 1)), ([-1], (0, 1)), ([-2], (1, 0))])
 def test_exam_asks_the_answer_and_the_thought_behind_a_result(method, wrong, expected):
