@@ -23,7 +23,9 @@ import json
 import math
 import os
 import random
+import sys
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +39,7 @@ from tqdm import tqdm
 
 from config import fail, parse
 from data import COT, DIRECT, RAG, DataError, Question, Template, encode_foreign, load, paragraphs, render
-from model import load_model, probe
+from model import load_model, probe, refuse_thinking
 from retriever import BM25, Remote, RetrieverError, load_corpus
 from reward import METHODS, exact_match, f1, parse_episode
 from rollout import Episode, decode, rollout
@@ -339,6 +341,19 @@ def judge(question: Question, answer: str, url: str, model: str) -> bool | None:
         return None
 
 
+def verdicts(answers: list[tuple[Question, str]], config: Config, name: str) -> list[bool | None]:
+    """The judge's verdict on each answer. Of one that was silent 32 times in a row nothing more is asked: a
+    silence lasts a minute."""
+    told: list[bool | None] = []
+    with ThreadPoolExecutor(8) as pool:
+        for i in tqdm(range(0, len(answers), 32), desc=f"{name}, judge"):
+            if i and told[-32:] == [None] * 32:
+                return told + [None] * (len(answers) - i)
+            ask = partial(judge, url=config.judge_url, model=config.judge_model)
+            told += pool.map(ask, *zip(*answers[i : i + 32], strict=True))
+    return told
+
+
 # ----------------------------------------------------------------------------------------------------------
 # tables and files
 
@@ -459,7 +474,17 @@ def main(config: Config, given: set[str] = frozenset()):
     config = check(config, given)
     Runner.cuda_graphs = config.cuda_graphs
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    output = Path(config.output)
+    if output.exists():  # an evaluation may have taken hours, and --known reads one
+        raise DataError(f"--output {output}: it exists; give another name")
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DataError(f"--output {output}: {parent} is no directory that can be written to")
     sets = load_sets(config.data, "test", config.eval_size)
+    for name, questions in sets.items():
+        twice = Counter(q.id for q in questions).most_common(1)[0]
+        if twice[1] > 1:
+            raise DataError(f"{name}: {twice[1]} questions have the id {twice[0]}; they cannot be told apart")
     if config.judge_url:
         first = next(iter(sets.values()))[0]
         if judge(first, first.in_words()[0], config.judge_url, config.judge_model) is None:
@@ -484,10 +509,12 @@ def main(config: Config, given: set[str] = frozenset()):
     if config.baseline == "rag":
         sets = retrieve_once(sets, retriever, config.topk, config.max_doc_tokens, tokenizer)
         retriever = None
-    longest = max((len(render(template, q, tokenizer)) for rows in sets.values() for q in rows), default=0)
+    prompts = [render(template, q, tokenizer) for rows in sets.values() for q in rows]
+    if not template.raw:
+        refuse_thinking(tokenizer, prompts[0])
+    longest = max(map(len, prompts))
     probe(model, tokenizer, longest + config.max_completion_length)
 
-    output = Path(config.output)
     transcripts = output.with_name(output.stem + "_transcripts.jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
     transcripts.write_text("")
@@ -517,28 +544,34 @@ def main(config: Config, given: set[str] = frozenset()):
                 record.searches = 1
             if known:
                 record.known_base = record.id in known.get(name, ())
-        if config.judge_url:
-            answers = [(plain[name, r.id], parse_episode(said[name, r.id]).answer or "") for r in rows]
-            ask = partial(judge, url=config.judge_url, model=config.judge_model)
-            with ThreadPoolExecutor(8) as pool:
-                verdicts = list(pool.map(ask, *zip(*answers, strict=True)))
-            for record, verdict in zip(rows, verdicts, strict=True):
-                record.judged = verdict
-            if silent := sum(r.judged is None for r in rows):
-                tqdm.write(f"warning: {name}: the judge did not answer on {silent} of {len(rows)} questions")
-    table = {name: measure(rows) for name, rows in records.items()}
-    if len(records) > 1:
-        table["all"] = measure([r for rows in records.values() for r in rows])
+
+    def save() -> dict:
+        table = {name: measure(rows) for name, rows in records.items()}
+        if len(records) > 1:
+            table["all"] = measure([r for rows in records.values() for r in rows])
+        right = {name: [r.id for r in rows if r.known] for name, rows in records.items()}
+        content = {"config": asdict(config), "measures": table} | ({"known": right} if closed_book else {})
+        output.write_text(json.dumps(content, indent=1))
+        return table
+
+    table = save()
+    for name, rows in records.items() if config.judge_url else ():
+        answers = [(plain[name, r.id], parse_episode(said[name, r.id]).answer or "") for r in rows]
+        for record, verdict in zip(rows, verdicts(answers, config, name), strict=True):
+            record.judged = verdict
+        if silent := sum(r.judged is None for r in rows):
+            tqdm.write(f"warning: {name}: the judge did not answer on {silent} of {len(rows)} questions")
+        table = save()
     print(report(table))
-    right = {name: [r.id for r in rows if r.known] for name, rows in records.items()}
-    content = {"config": asdict(config), "measures": table} | ({"known": right} if closed_book else {})
-    output.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":
     config, given = parse(Config, "evaluate.py")
     try:
         main(config, given)
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped", file=sys.stderr)
+        sys.exit(130)
     except torch.OutOfMemoryError:
         fail("evaluate.py", "out of GPU memory: try a smaller --batch_size or --max_completion_length")
     except (DataError, RetrieverError, OSError) as error:

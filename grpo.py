@@ -37,7 +37,7 @@ import toy
 from config import fail, parse
 from data import DataError, mix, render
 from evaluate import evaluate, load_sets, markdown, open_retriever, summary
-from model import load_model, probe
+from model import load_model, probe, refuse_thinking
 from reward import METHODS, REWARDS, dialect, exact_match, parse_episode, sandbag_suspects
 from rollout import Episode, by_tokens, rollout
 from runner import Runner, kv_bytes
@@ -434,6 +434,18 @@ class Run:
                 for source, target in zip(self.model.parameters(), self.sampler.parameters(), strict=True):
                     target.copy_(source)
 
+    def tables(self) -> dict:
+        """The table before the training, from eval.json; none, with a warning, if evaluate.py wrote that
+        file, or something cut it off."""
+        if not (path := self.out / "eval.json").exists():
+            return {}
+        try:
+            tables = json.loads(path.read_text())
+            return {"before": tables["before"]} if self.sets.keys() == tables["before"].keys() else {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            tqdm.write(f"warning: {path} is no table of this program; it will be replaced")
+            return {}
+
     def evaluate(self) -> dict:
         records = evaluate(
             self.sampler, self.tokenizer, self.method.template, self.sets, self.retriever,
@@ -506,23 +518,31 @@ class Run:
     def load_checkpoint(self):
         """Continues from the newest complete checkpoint; what the logs hold beyond it is dropped, it will be
         done again."""
-        found = checkpoints(self.out)
-        if found:
-            state = json.loads((found[-1] / "trainer_state.json").read_text())
-            self.model.load_state_dict(load_model(str(found[-1]), self.model.device)[0].state_dict())
-            self.sync_sampler()
-            flat = load_file(found[-1] / "optimizer.safetensors", device=str(self.model.device))
-            flat |= {key: torch.tensor(value) for key, value in state["optimizer"].items()}
-            entries: dict[int, dict] = {}
-            for key, value in flat.items():
-                i, name = key.split(".", 1)
-                entries.setdefault(int(i), {})[name] = value
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
-            self.step = state["global_step"]
+        if found := checkpoints(self.out):
+            try:
+                self.load_state(found[-1])
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                said = f"{type(error).__name__}: {error}"
+                why = f"damaged ({said}); remove it to go on from the one before"
+                raise DataError(f"--resume: {found[-1]} is {why}") from error
         for name in ("metrics.jsonl", "transcripts.jsonl"):
             if (path := self.out / name).exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 replace_text(path, "".join(line + "\n" for line in lines if step_of(line) <= self.step))
+
+    def load_state(self, folder: Path):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        flat = load_file(folder / "optimizer.safetensors", device=str(self.model.device))
+        flat |= {key: torch.tensor(value) for key, value in state["optimizer"].items()}
+        entries: dict[int, dict] = {}
+        for key, value in flat.items():
+            i, name = key.split(".", 1)
+            entries.setdefault(int(i), {})[name] = value
+        weights = load_model(str(folder), self.model.device, flag="--resume")[0].state_dict()
+        self.model.load_state_dict(weights)
+        self.sync_sampler()
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
+        self.step = state["global_step"]
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -568,10 +588,7 @@ def check_prompts(run: Run) -> int:
                 f"the prompt of {q.id} ({q.source}) has {n} tokens; the context of --model holds {context}"
             )
     prompt = render(run.method.template, longest, run.tokenizer)
-    if "<think>" in run.tokenizer.decode(prompt[-8:]):
-        raise DataError(
-            "the chat template of --model opens <think> by itself; the reward expects the policy to do it"
-        )
+    refuse_thinking(run.tokenizer, prompt)
     return len(prompt)
 
 
@@ -619,7 +636,9 @@ def train(run: Run) -> int:
             ]
             bar.set_postfix_str(", ".join(shown))
             bar.update()
-            down = down + 1 if metrics["tools/failure_frequency"] > 0.5 else 0
+            failed, answered = metrics["tools/failure_frequency"], metrics["tools/call_frequency"]
+            if failed or answered:  # a step in which nobody searched tells nothing of the retriever
+                down = down + 1 if failed > answered else 0
             if down == 3:
                 raise DataError(
                     "most searches failed in three steps in a row; training on the rest would be closed-book"
@@ -685,9 +704,13 @@ def resolve(config: Config, given: set[str]) -> Config:
                 f"--resume: --{wrong[0]} is {getattr(before, wrong[0])} in {stored} and cannot be changed"
             )
         try:
-            return check(replace(before, **{name: getattr(config, name) for name in given}))
+            config = check(replace(before, **{name: getattr(config, name) for name in given}))
         except TypeError as error:
             raise DataError(f"--resume: {stored}: a value has the wrong type: {error}") from error
+        done = [int(path.name[11:]) for path in checkpoints(stored.parent)][-1:]
+        if "max_steps" in given and [config.max_steps] < done:
+            raise DataError(f"--max_steps {config.max_steps}: {stored.parent} is at step {done[0]} already")
+        return config
     if toy_run:
         defaults = TOY | {"output_dir": config.output_dir}
         config = replace(config, **{name: value for name, value in defaults.items() if name not in given})
@@ -695,6 +718,11 @@ def resolve(config: Config, given: set[str]) -> Config:
         raise DataError(
             f"{stored.parent} holds a run: --resume continues it, another --output_dir starts one"
         )
+    parent = next(p for p in (stored.parent, *stored.parent.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DataError(f"--output_dir {stored.parent}: {parent} is no directory that can be written to")
+    if config.model and stored.parent.resolve() == Path(config.model).resolve():
+        raise DataError(f"--output_dir {stored.parent}: that is --model, which would be overwritten")
     check(config)
     if toy_run:
         torch.set_num_threads(1)  # as in Run.resolve_sizes
@@ -731,7 +759,7 @@ def check(config: Config) -> Config:
     for name, low in at_least.items():
         if not low <= getattr(config, name) < math.inf:
             why = " (a group of one has no baseline)" if name == "num_generations" else ""
-            raise DataError(f"--{name} {getattr(config, name)}: must be at least {low}{why}")
+            raise DataError(f"--{name} {getattr(config, name)}: must be a number, at least {low}{why}")
     for name in ("tau", "sem_kept", "noise_start", "noise_end"):
         if (value := getattr(config, name)) is not None and not 0 <= value <= 1:
             raise DataError(f"--{name} {value}: must be between 0 and 1")
@@ -741,6 +769,8 @@ def check(config: Config) -> Config:
         raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     if config.reward and config.reward not in REWARDS:
         raise DataError(f"--reward {config.reward}: must be one of {', '.join(REWARDS)}")
+    if not config.train.strip(", "):
+        raise DataError("--train: give at least one data set")
     talks = METHODS[config.method].template
     needs = dict.fromkeys(("sem", "sem_kept"), talks.draft) | {"ssrl": talks.own_results}
     needs |= dict.fromkeys(("research", "research_paper"), talks.boxed)
@@ -773,8 +803,7 @@ def main(config: Config, given: set[str]) -> int:
     tables = {}
     if config.resume:
         run.load_checkpoint()
-        if (run.out / "eval.json").exists():
-            tables = json.loads((run.out / "eval.json").read_text())
+        tables = run.tables()
     if run.sets and run.step == 0:
         tables = {"before": run.evaluate()}
         replace_text(run.out / "eval.json", json.dumps(tables, indent=1))
@@ -798,6 +827,9 @@ def program(name: str = "grpo.py"):
     config, given = parse(Config, name, toy=TOY)
     try:
         sys.exit(main(config, given))
+    except KeyboardInterrupt:  # before or after the training, which saves a checkpoint
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
     except torch.OutOfMemoryError:  # in the evaluation: `train` has its own
         fail(name, "out of GPU memory: try a smaller --rollout_slots or --max_completion_length")
     except (DataError, OSError) as error:

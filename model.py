@@ -54,6 +54,13 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     return model.to(device), tokenizer
 
 
+def refuse_thinking(tokenizer, prompt: list[int]):
+    """Some chat templates write <think> into the prompt; the model would not, and what it writes would be no
+    valid episode."""
+    if "<think>" in tokenizer.decode(prompt[-8:]):
+        raise DataError("the chat template of --model writes <think> itself; the model is expected to do it")
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
 

@@ -74,7 +74,8 @@ def load_corpus(path) -> list[Doc]:
                 number += 1
                 bar.update(len(line))
                 if line.strip():
-                    docs.append(_doc(row := json.loads(line.decode())))
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    docs.append(_doc(row := json.loads(text)))
                     if "id" not in row:
                         raise ValueError('a document without "id"')
     except OSError as error:

@@ -53,6 +53,7 @@ KNOWN_TRAIN, KNOWN_HELDOUT, UNKNOWN_TRAIN, UNKNOWN_TEST = 64, 32, 64, 32  # how 
 RECALL, READING = 0.97, 0.75  # the least in `exam`; reading jumps from 0.1 to 0.8 or 0.9 while training
 
 PAD = 0  # id of <pad>
+FILES = {"model", "train", "test", "corpus.jsonl", "world.json"}  # what a world is written to
 
 CHAT_TEMPLATE = (  # of a system prompt one token is left: whether there is a search tool
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -335,13 +336,19 @@ def build(config: Config) -> Path:
     out = Path(config.output_dir)
     if config.method not in METHODS:
         raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
+    for name in ("steps", "batch_size", "layers"):
+        if getattr(config, name) < 1:
+            raise DataError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if config.hidden_size < 8 or config.hidden_size % 8:
+        raise DataError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
     talks = asdict(METHODS[config.method].template)  # another wording is another base model
     settings = json.dumps({**asdict(config), "output_dir": "", "template": talks}, indent=1)
     stamp = out / "world.json"  # written last: where it stands, the rest is complete
     if stamp.exists() and stamp.read_text() == settings:
         return out
-    if out.exists() and not stamp.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
         raise DataError(f"{out} holds something that is no toy world; it is left as it is")
+    out.parent.mkdir(parents=True, exist_ok=True)
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
     model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
@@ -381,5 +388,5 @@ if __name__ == "__main__":
     config, _ = parse(Config, "toy.py")
     try:
         print(f"the toy world is in {build(config)}")
-    except DataError as error:
+    except (DataError, OSError) as error:
         fail("toy.py", error)

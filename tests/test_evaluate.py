@@ -458,6 +458,7 @@ def run(flags: dict, *more: str) -> dict:
     """The program in this process, so that the script holds; returns eval.json."""
     argv = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
     config, _ = evaluate.parse(evaluate.Config, "evaluate.py", [*argv, *more])
+    Path(config.output).unlink(missing_ok=True)
     evaluate.main(config)
     return json.loads(Path(config.output).read_text())
 
@@ -704,6 +705,31 @@ def test_the_judge_in_the_table(script, world, capsys):
     assert "towers: the judge did not answer on 1 of 5" in text and "on 1 of 7" in text
 
 
+def test_a_silent_judge_is_left_alone(monkeypatch):
+    """A silence costs a minute. One that answers now and then is asked on."""
+    asks = []
+
+    def judged(question, answer, url, model):
+        asks.append(answer)
+        return True if answer == "x40" else None
+
+    monkeypatch.setattr(evaluate, "judge", judged)
+    answers = [(asked(i), f"x{i}") for i in range(100)]
+    assert evaluate.verdicts(answers, evaluate.Config(), "towers") == [None] * 100 and len(asks) == 32
+    asks.clear()
+    assert evaluate.verdicts(answers[16:], evaluate.Config(), "towers").count(True) == 1 and len(asks) == 64
+
+
+def test_figures_are_written_before_the_judge_is_asked(script, world, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with endpoint(lambda text: RIGHT) as (url, _), pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(evaluate, "verdicts", stopped)
+        run(world, "--judge_url", url)
+    assert counts(json.loads(world["output"].read_text()))["all"] == 12
+
+
 def test_the_judge_is_not_told_the_documents(script, world):
     script(lambda number, kind, member: words(number, "right"))
     with endpoint(lambda text: RIGHT) as (url, seen):
@@ -744,6 +770,8 @@ BAD = {
     "no server": ({"retriever": "http://127.0.0.1:9"}, "--retriever"),
     "nothing to search": ({"corpus": ""}, "--corpus"),
     "output below a file": ({"output": "broken.json/eval.json"}, "broken.json"),
+    "output is there": ({"output": "odd.json"}, "--output odd.json: it exists"),
+    "ids": ({"data": "twice.jsonl"}, "twice: 2 questions have the id 7"),
     "no judge": ({"judge_url": "foo"}, "--judge_url foo"),
 }
 
@@ -761,6 +789,8 @@ def test_bad_input(case, world, tmp_path, capsys, monkeypatch):
     }
     for name, text in known.items():
         (work / f"{name}.json").write_text(text)
+    row = json.dumps({"id": "7", "question": "what ?", "golden_answers": ["x"]})
+    (work / "twice.jsonl").write_text(f"{row}\n{row}\n")
     before = sorted(work.iterdir())
     flags = world | {"output": "eval.json", "max_completion_length": 8} | change
     monkeypatch.chdir(work)

@@ -377,6 +377,75 @@ def test_failed_searches_leave_the_update(world, lively, monkeypatch):
     assert all(torch.equal(start[name], end[name]) for name in start)
 
 
+@pytest.mark.parametrize("failed, answered, stops", [(0.3, 0.0, True), (0.3, 0.2, True), (0.2, 0.3, False)])
+def test_a_retriever_that_dies_stops_the_run(world, monkeypatch, failed, answered, stops):
+    """Counted among the episodes that searched: a policy that seldom searches must not hide it. A step
+    without any search tells nothing."""
+    steps = iter([(failed, answered), (0.0, 0.0)] * 4)
+
+    def step(run, number, signals):
+        failed, answered = next(steps)
+        metrics = {"tools/failure_frequency": failed, "tools/call_frequency": answered, "grad_norm": 1.0}
+        return metrics | {"reward": 0.0, "completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.0}
+
+    monkeypatch.setattr(grpo, "train_step", step)
+    if stops:
+        with pytest.raises(DataError, match="most searches failed"):
+            run_main(world | {"max_steps": "8"})
+        assert len(list(steps)) == 3  # the third step with a search was the fifth
+    else:
+        assert run_main(world | {"max_steps": "8"}) == 0
+
+
+@pytest.mark.parametrize("text", ['{"config": {}, "measures": {"x": {"em": 1}}}', '{"bef', "[]"])
+def test_another_eval_json_does_not_stop_a_resume(world, lively, capsys, text):
+    """evaluate.py writes one too, and somebody may have it write here."""
+    sets = {"eval": world["train"], "eval_size": "4"}
+    assert run_main(world | sets | {"max_steps": "1"}) == 0
+    path = Path(world["output_dir"]) / "eval.json"
+    path.write_text(text)
+    resumed = {"output_dir": world["output_dir"], "max_steps": "2"}
+    assert run_main(resumed, "--resume") == 0
+    assert "it will be replaced" in "".join(capsys.readouterr())
+    assert set(json.loads(path.read_text())) == {"after"}
+
+
+def damage_tensors(folder):
+    (folder / "optimizer.safetensors").write_bytes(b"12345")
+
+
+def damage_state(folder):
+    (folder / "trainer_state.json").write_text("{}")
+
+
+def damage_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"12345")
+
+
+@pytest.mark.parametrize("damage", [damage_tensors, damage_state, damage_weights])
+def test_a_damaged_checkpoint_is_named(world, lively, damage):
+    assert run_main(world | {"max_steps": "2"}) == 0
+    damage(Path(world["output_dir"]) / "checkpoint-2")
+    with pytest.raises(DataError, match=r"--resume:? .*checkpoint-2") as error:
+        run_main({"output_dir": world["output_dir"], "max_steps": "3"}, "--resume")
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_is_not_resumed_to_an_earlier_step(world, lively):
+    assert run_main(world | {"max_steps": "2"}) == 0
+    with pytest.raises(DataError, match=r"--max_steps 1: .* is at step 2 already"):
+        run_main({"output_dir": world["output_dir"], "max_steps": "1"}, "--resume")
+    assert json.loads((Path(world["output_dir"]) / "run.json").read_text())["max_steps"] == 2
+
+
+def test_the_start_model_is_not_overwritten(world, lively, tmp_path):
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for place in (world["model"], f"{tmp_path}/other/../model"):
+        with pytest.raises(DataError, match="that is --model"):
+            run_main(world | {"output_dir": place})
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_a_gradient_that_is_not_finite_is_not_taken(world, lively, monkeypatch, capsys):
     real = kernels.grpo_loss
 
@@ -503,6 +572,9 @@ BAD = {
     "no chat template": ({}, no_template, "chat template"),
     "prompt longer than the context": ({}, long_prompt, "long"),
     "no run to resume": ({"resume": None}, None, "--resume"),
+    "no data set": ({"train": " , "}, None, "--train"),
+    "infinite": ({"learning_rate": "inf"}, None, "--learning_rate inf: must be a number"),
+    "output below a file": ({"output_dir": "/dev/null/out"}, None, "--output_dir /dev/null/out"),
 }
 
 

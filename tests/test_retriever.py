@@ -182,6 +182,11 @@ def test_wrong_arguments():
 # the corpus file
 
 
+def test_a_corpus_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"id": 1, "title": "t", "text": "a"}\n', encoding="utf-8-sig")
+    assert [doc.text for doc in load_corpus(tmp_path / "c.jsonl")] == ["a"]
+
+
 def test_load_corpus(tmp_path):
     path = tmp_path / "corpus.jsonl"
     rows = [

@@ -153,9 +153,14 @@ def test_a_result_tells_no_fact_twice():
         ]
 
 
-def test_no_world_of_an_unknown_dialect(tmp_path):
-    with pytest.raises(DataError, match="--method semm"):
-        toy.build(toy.Config(output_dir=str(tmp_path / "world"), method="semm"))
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "semm"}, {"steps": 0}, {"batch_size": 0}, {"layers": 0}, {"hidden_size": 97}],
+)
+def test_no_world_of_bad_settings(tmp_path, change):
+    [(name, value)] = change.items()
+    with pytest.raises(DataError, match=f"--{name} {value}: must be"):
+        toy.build(toy.Config(output_dir=str(tmp_path / "world"), **change))
     assert not list(tmp_path.iterdir())
 
 
@@ -164,6 +169,7 @@ def test_what_is_no_toy_world_is_left_alone(monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     weights = tmp_path / "out" / "model.safetensors"
     weights.write_text("a night's work")
+    (tmp_path / "out" / "world.json").write_text("{}")  # even there
     for place in (tmp_path / "out", weights):
         with pytest.raises(DataError, match="holds something that is no toy world"):
             toy.build(toy.Config(output_dir=str(place)))
