@@ -707,9 +707,9 @@ def resolve(config: Config, given: set[str]) -> Config:
             config = check(replace(before, **{name: getattr(config, name) for name in given}))
         except TypeError as error:
             raise DataError(f"--resume: {stored}: a value has the wrong type: {error}") from error
-        done = [int(path.name[11:]) for path in checkpoints(stored.parent)][-1:]
-        if "max_steps" in given and [config.max_steps] < done:
-            raise DataError(f"--max_steps {config.max_steps}: {stored.parent} is at step {done[0]} already")
+        done = max((int(path.name[11:]) for path in checkpoints(stored.parent)), default=0)
+        if "max_steps" in given and config.max_steps < done:
+            raise DataError(f"--max_steps {config.max_steps}: {stored.parent} is at step {done} already")
         return config
     if toy_run:
         defaults = TOY | {"output_dir": config.output_dir}
