@@ -27,6 +27,8 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     missing, under the name of the `flag` that asked for it.
 
     No remote code, ever; SDPA attention, since the sampler's masks are boolean."""
+    if name.startswith(("/", ".")) and not os.path.isdir(name):
+        raise DataError(f"{flag} {name}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(

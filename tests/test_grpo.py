@@ -568,6 +568,7 @@ BAD = {
     "empty corpus": ({}, lambda flags, folder: (folder / "corpus.jsonl").write_text(""), "corpus.jsonl"),
     "malformed corpus": ({}, bad_corpus, "corpus.jsonl"),
     "no model": ({"model": "nowhere/model"}, None, "nowhere/model"),
+    "no directory": ({"model": "./nowhere/model"}, None, "--model ./nowhere/model: no such directory"),
     "no tokenizer": ({}, no_tokenizer, "model"),
     "no chat template": ({}, no_template, "chat template"),
     "prompt longer than the context": ({}, long_prompt, "long"),
@@ -840,16 +841,28 @@ def test_searches_in_its_own_weights_are_counted(model):
 
 
 @pytest.mark.parametrize("program", ["grpo.py", "evaluate.py"])
-def test_out_of_memory_beside_the_training_is_one_line(program, monkeypatch, capsys):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+            2,
+            "error: out of GPU memory: try",
+        ),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_what_stops_a_program_beside_its_training_is_one_line(
+    program, error, code, said, monkeypatch, capsys
+):
+    def stop(*args):
+        raise error
 
-    monkeypatch.setattr("data.load", full)
-    monkeypatch.setattr("evaluate.load", full)
+    monkeypatch.setattr("data.load", stop)
+    monkeypatch.setattr("evaluate.load", stop)
     flags = "--model m", "--train t.jsonl" if program == "grpo.py" else "--data t.jsonl"
     monkeypatch.setattr(sys, "argv", [program, *" ".join(flags).split()])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / program), run_name="__main__")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"{program}: error: out of GPU memory: try")
-    assert error.count("\n") == 1
+    line = capsys.readouterr().err
+    assert stopped.value.code == code and line.startswith(f"{program}: {said}") and line.count("\n") == 1
