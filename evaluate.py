@@ -387,6 +387,14 @@ def report(table: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(f"{name}: {told[name]}" for name in names)
 
 
+def writable(path: Path, flag: str) -> Path:
+    """The nearest folder around `path` that exists; DataError if `path` cannot be made in it."""
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise DataError(f"{flag} {path}: {nearest} is no directory that can be written to")
+    return nearest
+
+
 def load_sets(specs: str, split: str, size: int = 0) -> dict[str, list[Question]]:
     """Comma-separated data sets -> {source: questions}, `size` of each, always the same ones (0: all)."""
     sets: dict[str, list[Question]] = {}
@@ -477,9 +485,7 @@ def main(config: Config, given: set[str] = frozenset()):
     output = Path(config.output)
     if output.exists():  # an evaluation may have taken hours, and --known reads one
         raise DataError(f"--output {output}: it exists; give another name")
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise DataError(f"--output {output}: {parent} is no directory that can be written to")
+    writable(output, "--output")
     sets = load_sets(config.data, "test", config.eval_size)
     for name, questions in sets.items():
         twice = Counter(q.id for q in questions).most_common(1)[0]

@@ -36,7 +36,7 @@ import kernels
 import toy
 from config import fail, parse
 from data import DataError, mix, render
-from evaluate import evaluate, load_sets, markdown, open_retriever, summary
+from evaluate import evaluate, load_sets, markdown, open_retriever, summary, writable
 from model import load_model, probe, refuse_thinking
 from reward import METHODS, REWARDS, dialect, exact_match, parse_episode, sandbag_suspects
 from rollout import Episode, by_tokens, rollout
@@ -434,9 +434,9 @@ class Run:
                 for source, target in zip(self.model.parameters(), self.sampler.parameters(), strict=True):
                     target.copy_(source)
 
-    def tables(self) -> dict:
-        """The table before the training, from eval.json; none, with a warning, if evaluate.py wrote that
-        file, or something cut it off."""
+    def stored_tables(self) -> dict:
+        """{"before": table} from eval.json; {}, with a warning, if evaluate.py wrote that file or something
+        cut it off."""
         if not (path := self.out / "eval.json").exists():
             return {}
         try:
@@ -531,6 +531,7 @@ class Run:
                 replace_text(path, "".join(line + "\n" for line in lines if step_of(line) <= self.step))
 
     def load_state(self, folder: Path):
+        """Weights, optimiser state and the number of finished steps from a checkpoint."""
         state = json.loads((folder / "trainer_state.json").read_text())
         flat = load_file(folder / "optimizer.safetensors", device=str(self.model.device))
         flat |= {key: torch.tensor(value) for key, value in state["optimizer"].items()}
@@ -718,9 +719,7 @@ def resolve(config: Config, given: set[str]) -> Config:
         raise DataError(
             f"{stored.parent} holds a run: --resume continues it, another --output_dir starts one"
         )
-    parent = next(p for p in (stored.parent, *stored.parent.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise DataError(f"--output_dir {stored.parent}: {parent} is no directory that can be written to")
+    writable(stored.parent, "--output_dir")
     if config.model and stored.parent.resolve() == Path(config.model).resolve():
         raise DataError(f"--output_dir {stored.parent}: that is --model, which would be overwritten")
     check(config)
@@ -793,8 +792,7 @@ def main(config: Config, given: set[str]) -> int:
     # in fp32: checkpoints (weights and two moments), one more while it is written, and the final weights
     to_come = config.save_total_limit + 1 - len(checkpoints(run.out))
     space = (12 * max(1, to_come) + 4) * sum(p.numel() for p in run.model.parameters())
-    parent = next(p for p in [run.out, *run.out.absolute().parents] if p.exists())
-    if (free := shutil.disk_usage(parent).free) < space:
+    if (free := shutil.disk_usage(writable(run.out, "--output_dir")).free) < space:
         need = f"{free / 1e9:.2f} GB are free, checkpoints and the result need {space / 1e9:.2f} GB"
         raise DataError(f"--output_dir {run.out}: {need}")
     print("\n".join(f"{f.name:24} {getattr(config, f.name)}" for f in fields(config)))
@@ -803,7 +801,7 @@ def main(config: Config, given: set[str]) -> int:
     tables = {}
     if config.resume:
         run.load_checkpoint()
-        tables = run.tables()
+        tables = run.stored_tables()
     if run.sets and run.step == 0:
         tables = {"before": run.evaluate()}
         replace_text(run.out / "eval.json", json.dumps(tables, indent=1))

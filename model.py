@@ -1,7 +1,7 @@
 """A model and its tokenizer from a directory or the hub, and the proof that this code gets it right.
 
 `load_model` refuses what is incomplete, `probe` what the sampler's cache or the loss would get wrong: both in
-one clear line, before anything is trained. How tokens are sampled is in rollout.py.
+one clear line, before anything is trained. How tokens are sampled is in runner.py.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
     probe(model, tokenizer, 4096)                      # DataError if it cannot be sampled at that length

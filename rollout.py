@@ -45,7 +45,7 @@ from data import SEM, DataError, Question, Template, encode_result, render
 from retriever import RetrieverError
 from runner import Runner, SlotCache
 
-SERVE_EVERY = 8  # decode steps between two looks at the rows that wait: no time, so that runs can repeat
+SERVE_EVERY = 8  # decode steps between two looks at the rows that wait; not a time, so a run can be repeated
 PREFILL_TOKENS = 16384  # padded tokens of one prefill pass: bounds its activations
 
 

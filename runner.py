@@ -3,6 +3,12 @@
 `SlotCache` has a slot for every row in flight, `step_hidden` feeds any of the rows any number of tokens, each
 at its own position, `sample` draws. `Runner` puts them together, for prefills and for the decode steps, of
 which a rollout makes thousands. Which row is where, and what it is told, is rollout.py's.
+
+    cache = SlotCache(model.config, slots=8, max_len=4096, device=model.device, dtype=model.dtype)
+    runner = Runner(model, cache, len(tokenizer), temperature=1.0, records=False)
+    logits = runner.prefill([0, 1], [0, 0], [prompt, another])        # into slots 0 and 1, from position 0
+    tokens, logps = runner.draw(logits, [0.3, 0.8])
+    tokens, logps = runner.decode(tokens.tolist(), [len(prompt), len(another)], [0.1, 0.6])
 """
 
 from __future__ import annotations

@@ -727,7 +727,7 @@ def test_one_compilation_serves_every_n():
 
 def test_compiled_for_an_h200():
     """On any machine, since only a launch needs the GPU: one compilation serves 50 numbers of rows. What it
-    yields fits into the registers, so that nothing is spilled to memory and at least two programs share a
+    yields fits into the registers, so that nothing is spilled to memory and three programs share a
     multiprocessor, and moves 16 bytes at once; the target's logit is read alone."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -736,7 +736,7 @@ def test_compiled_for_an_h200():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["launches"] == 50 and found["compilations"] == 1
-    assert found["spilled"] == 0 and found["registers"] <= 128
+    assert found["spilled"] == 0 and found["registers"] <= 80
     assert found["accesses"]["b16"] == 1 and found["accesses"]["v4.b32"] >= 8
 
 
