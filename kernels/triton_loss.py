@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-# One program works on one row. 8,192 logits in 8 warps are 32 a thread: 16 kB of loads in flight, and at most 80
-# registers (tests/hopper.py counts them), so that three programs share a multiprocessor and one computes while
-# another waits. An H200 then has 396 rows under way: 120 MB in bf16 at V = 151,936; its L2 cache holds 60.
+# One program works on one row. 8,192 logits in 8 warps are 32 a thread: 16 kB of loads in flight, and at most
+# 80 registers (tests/hopper.py counts them), so that three programs share a multiprocessor and one computes
+# while another waits. An H200 then has 396 rows under way: 120 MB in bf16 at V = 151,936; its L2 holds 60.
 BLOCK, WARPS = 8192, 8
 
 FLOOR = tl.constexpr(-1e20)  # below every logit; finite, as in reference.py
