@@ -1,23 +1,193 @@
-"""A dataclass becomes a command line: every field a flag, the comment on its line the help text, every
-mistake one clear line.
+"""Every flag of grpo.py with its reason and source, the checks of their values, and the helper that turns a
+dataclass into a command line.
 
-    config, given = parse(Config, "grpo.py", toy=TOY)    # reads sys.argv
+    config, given = parse(Config, "grpo.py", toy=TOY)    # reads sys.argv; `given`: names of the flags in it
+    check(config)                                        # InputError for a value that makes no sense
 
-A mistake is one line on stderr and exit code 2. `given` are the names of the flags that stood there."""
+A mistake is one line on stderr and exit code 2. This file imports no torch, so that --help is fast."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import inspect
+import math
+import os
 import re
 import sys
 import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import InputError
+from reward import METHODS, REWARDS
+
+
+@dataclass
+class Config:
+    """GRPO with the reward of SEM, or of another method. Without --model it runs in the toy world.
+
+    SEM publishes GRPO, 200 steps, a balanced mix of MuSiQue and MMLU, and Qwen2.5-7B-Instruct. What it does
+    not publish has the value of ReSearch (arXiv 2503.19470, table 4), whose tags and metrics it shares. Where
+    both are silent the value is our choice. The source of each value stands in brackets. All methods have the
+    same defaults, so that two runs differ in the method alone."""
+
+    # what is trained, how, on what
+    method: str = (
+        "sem"  # sem, ssrl, search-r1, research or zerosearch: prompt, reward, who writes the results
+    )
+    reward: str = ""  # in place of the method's reward: a name of reward.REWARDS, such as otc or flat
+    model: str = ""  # hub id or directory of the start model; none: the toy world (SEM: Qwen2.5-7B-Instruct)
+    train: str = "musique,mmlu"  # data sets in equal shares: name (hub), name:path, or a JSONL path (SEM)
+    eval: str = ""  # data sets of the greedy evaluation before and after training; none: no evaluation
+    eval_size: int = 500  # questions of each evaluation set, drawn once; 0: all
+    corpus: str = ""  # JSONL of {"id", "contents"}; none: the paragraphs that the data sets contain
+    retriever: str = ""  # URL of a /retrieve server (Search-R1's protocol), in place of a corpus
+    output_dir: str = "out/sem"  # directory of settings, metrics, transcripts, checkpoints and final weights
+    resume: bool = False  # continue the run in output_dir from its newest complete checkpoint
+    seed: int = 0  # of the mix and the sampling; each step is a function of (seed, step)
+    # rollout
+    prompts_per_step: int = 256  # questions a step (ReSearch)
+    num_generations: int = 5  # episodes of each question, the group size G (ReSearch)
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained on (ReSearch)
+    max_completion_length: int = 8192  # tokens after the prompt, results included (ReSearch)
+    max_searches: int = 4  # searches an episode may make (Search-R1, arXiv 2503.09516; ReSearch: any number)
+    topk: int = 5  # documents a search returns (ReSearch)
+    max_doc_tokens: int = 512  # tokens that each document is cut to (our choice)
+    rollout_slots: int = 0  # episodes sampled at once; 0: from free memory, computed once (our choice)
+    cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs (our choice)
+    simulator: str = ""  # zerosearch: hub id or directory of a model that plays the engine; none: the corpus
+    noise_start: float = 0.0  # zerosearch: share of noisy results at the start (ZeroSearch, arXiv 2505.04588)
+    noise_end: float = 0.5  # zerosearch: share of noisy results at the end (ZeroSearch)
+    # reward
+    tau: float = 0.5  # sem: F1 from which the first answer counts as known (not published; our choice)
+    sem_kept: float | None = None  # sem: what a search after a right draft costs of F1(a2); none: all (SEM)
+    # objective
+    beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
+    epsilon: float = 0.2  # lower clip of the ratio (ReSearch)
+    epsilon_high: float = 0.2  # upper clip of the ratio (ReSearch)
+    loss_type: str = "grpo"  # grpo, dapo or dr_grpo: the weight of each token in the loss, see token_scale
+    num_iterations: int = 1  # optimizer steps on one batch of episodes (ReSearch: mini-batch = batch, so 1)
+    # optimizer
+    max_steps: int = 200  # training steps (SEM)
+    learning_rate: float = 1e-6  # of AdamW on fp32 weights; it is too small to move bf16 weights (ReSearch)
+    warmup_steps: int = 10  # linear warm-up, then constant (our choice)
+    weight_decay: float = 0.01  # (ReSearch's framework, verl); at a rate of 1e-6 fp32 rounding swallows it
+    max_grad_norm: float = 1.0  # gradient clipping (ReSearch's framework, verl)
+    micro_batch_tokens: int = 0  # padded tokens of one pass; 0: from free memory, computed once (our choice)
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    bf16: bool | None = None  # bf16 autocast, and sampling from a bf16 copy; none: yes on a GPU, no on a CPU
+    # files
+    save_steps: int = 25  # steps between two checkpoints
+    save_total_limit: int = 2  # checkpoints kept; an older one is removed once a newer one is complete
+    log_completions: int = 4  # episodes of each step that are written to transcripts.jsonl
+
+    def budget(self) -> dict[str, int]:
+        """What an episode may use, in training and in evaluation alike: arguments of `rollout`."""
+        names = "max_completion_length", "max_searches", "topk", "max_doc_tokens"
+        return {name: getattr(self, name) for name in names}
+
+
+TOY = {  # the defaults in the toy world that differ from those above, because the world is small
+    "train": "known,composed,unknown",
+    "eval": "known_train,known_heldout,composed,unknown,two_hop,arithmetic",
+    "output_dir": "out/toy",
+    "prompts_per_step": 32,
+    "num_generations": 8,
+    "max_completion_length": 128,
+    "max_searches": 3,
+    "topk": 2,
+    "max_steps": 50,
+    "learning_rate": 1e-4,
+    "warmup_steps": 5,
+    "bf16": False,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checks of values
+
+LOSS_TYPES = "grpo", "dapo", "dr_grpo"
+RANGES = {  # flag: smallest and largest value
+    "prompts_per_step": (1, math.inf),
+    "num_generations": (2, math.inf),  # in a group of one there is nothing to compare with
+    "temperature": (1e-6, math.inf),
+    "max_completion_length": (1, math.inf),
+    "max_searches": (0, math.inf),
+    "topk": (1, math.inf),
+    "max_doc_tokens": (1, math.inf),
+    "rollout_slots": (0, math.inf),
+    "eval_size": (0, math.inf),
+    "noise_start": (0, 1),
+    "noise_end": (0, 1),
+    "tau": (0, 1),
+    "sem_kept": (0, 1),
+    "beta": (0, math.inf),
+    "epsilon": (0, math.inf),
+    "epsilon_high": (0, math.inf),
+    "num_iterations": (1, math.inf),
+    "max_steps": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (1e-9, math.inf),
+    "micro_batch_tokens": (0, math.inf),
+    "save_steps": (1, math.inf),
+    "save_total_limit": (1, math.inf),
+    "log_completions": (0, math.inf),
+}
+
+
+def check_ranges(config, ranges: dict[str, tuple[float, float]]):
+    """Raises InputError for the first value that is out of its range, infinite or not a number. None is a
+    value that was not given."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise InputError(f"--{name} {value}: must be a number {bounds}")
+
+
+def check(config: Config) -> Config:
+    """Raises InputError for values that make no sense, alone or together, before anything is loaded."""
+    check_ranges(config, RANGES)
+    if config.loss_type not in LOSS_TYPES:
+        raise InputError(f"--loss_type {config.loss_type}: must be one of {', '.join(LOSS_TYPES)}")
+    if config.method not in METHODS:
+        raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
+    if config.reward and config.reward not in REWARDS:
+        raise InputError(f"--reward {config.reward}: must be one of {', '.join(REWARDS)}")
+    if not config.train.strip(", "):
+        raise InputError("--train: give at least one data set")
+    method = METHODS[config.method]
+    reward = REWARDS[config.reward] if config.reward else method.reward
+    if config.reward and not reward.fits(method.template):
+        raise InputError(f"--reward {config.reward}: it cannot read what --method {config.method} writes")
+    if config.sem_kept is not None and reward is not REWARDS["sem"]:
+        raise InputError(f"--sem_kept {config.sem_kept}: only for the reward sem")
+    if config.simulator and not method.simulated:
+        raise InputError(f"--simulator {config.simulator}: --method {config.method} does not use one")
+    if method.simulated and config.retriever and not config.simulator:
+        raise InputError(f"--method {config.method}: give --simulator, or --corpus in place of --retriever")
+    return config
+
+
+def check_writable(path: Path, flag: str) -> Path:
+    """Returns the nearest existing directory on the way to `path`. Raises InputError if `path` cannot be
+    created in it."""
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{flag} {path}: {nearest} is no directory that can be written to")
+    return nearest
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from a dataclass to a command line
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line (argparse prints the usage before it) and a prefix of a flag is not
-    a flag."""
+    """argparse, except that a mistake is one line without the usage before it, and that the beginning of a
+    flag is not taken for the flag."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -27,21 +197,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(program: str, message) -> typing.NoReturn:
-    """One line that names what is wrong, exit code 2."""
+    """Prints one line that names what is wrong, and exits with code 2."""
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def comments(cls) -> dict[str, str]:
-    """Field name -> the comment that ends its line: what a reader of the code sees is what --help says."""
+    """Field name -> the comment at the end of its line, which --help prints."""
     return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
 
 
 def parse(cls, program: str, argv: list[str] | None = None, **alternatives: dict):
-    """Returns (an instance of `cls`, the names of the fields given on the command line).
+    """Makes every field of the dataclass `cls` a flag. Returns (an instance of it, the names of the fields
+    that the command line gives).
 
-    `alternatives` are other defaults, only named in the help: {"toy": {"max_steps": 60}}. Which set applies
-    is the program's business."""
+    `alternatives` are other sets of defaults, {"toy": {"max_steps": 60}}, which the help names beside the
+    defaults. The program decides which set applies."""
     parser = Parser(
         prog=program,
         description=(cls.__doc__ or "").split("\n\n")[0],
@@ -49,9 +220,8 @@ def parse(cls, program: str, argv: list[str] | None = None, **alternatives: dict
     )
     hints, notes = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
-        kind = next(
-            t for t in (*typing.get_args(hints[field.name]), hints[field.name]) if t is not type(None)
-        )
+        types = *typing.get_args(hints[field.name]), hints[field.name]
+        kind = next(t for t in types if t is not type(None))  # of `float | None` it is float
         other = "".join(f"; {name}: {d[field.name]}" for name, d in alternatives.items() if field.name in d)
         text = f"{notes.get(field.name, '')} [{field.default}{other}]".replace("%", "%%").strip()
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}

@@ -1,10 +1,10 @@
-"""A model and its tokenizer from a directory or the hub, and the proof that this code gets it right.
+"""Loads a model and its tokenizer from a directory or the hub, and checks that this code handles it right.
 
-`load_model` refuses what is incomplete, `probe` what the sampler's cache or the loss would get wrong: both in
-one clear line, before anything is trained. How tokens are sampled is in runner.py.
+`load_model` refuses what is incomplete, and `probe` what the cache of the sampler or the loss would get
+wrong. Both say why in one line, before anything is trained. How tokens are sampled is in runner.py.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
-    probe(model, tokenizer, 4096)                      # DataError if it cannot be sampled at that length
+    probe(model, tokenizer, 4096)                      # InputError if it cannot be sampled at that length
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data import DataError
+from data import InputError
 from runner import SlotCache, step_hidden
 
-transformers_logging.disable_progress_bar()  # one bar is enough, and it is ours
+transformers_logging.disable_progress_bar()  # grpo.py and evaluate.py show bars of their own
 
 
 def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
-    """(model, tokenizer) of a hub id or a local directory. Raises DataError, one line, for whatever is
-    missing, under the name of the `flag` that asked for it.
+    """(model, tokenizer) of a hub id or a local directory, without any dropout. Raises InputError, which
+    names the `flag`, for anything that is missing.
 
-    No remote code, ever; SDPA attention, since the sampler's masks are boolean."""
+    Code that comes with a checkpoint is never run. Attention is SDPA, because the masks of the sampler are
+    boolean."""
     if name.startswith(("/", ".")) and not os.path.isdir(name):
-        raise DataError(f"{flag} {name}: no such directory")
+        raise InputError(f"{flag} {name}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -36,19 +37,19 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         kind = "directory" if os.path.isdir(name) else "hub id"
-        said = first_line(error)
-        raise DataError(f"{flag} {name}: no model and tokenizer from this {kind}: {said}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
-        raise DataError(f"{flag} {name}: {len(missing)} of its weights are missing, {missing[0]} for one")
+        reason = first_line(error)
+        raise InputError(f"{flag} {name}: no model and tokenizer from this {kind}: {reason}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise InputError(f"{flag} {name}: {len(missing)} of its weights are missing, {missing[0]} for one")
     if not len(tokenizer) or not tokenizer.is_fast:
-        raise DataError(f"{flag} {name}: it has no tokenizer.json")
+        raise InputError(f"{flag} {name}: it has no tokenizer.json")
     if not tokenizer.chat_template:
-        raise DataError(f"{flag} {name}: its tokenizer has no chat template")
+        raise InputError(f"{flag} {name}: its tokenizer has no chat template")
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{flag} {name}: its tokenizer has no end token")
+        raise InputError(f"{flag} {name}: its tokenizer has no end token")
     if len(tokenizer) > model.get_output_embeddings().weight.shape[0]:
-        raise DataError(f"{flag} {name}: its tokenizer has more tokens than the model has logits")
-    for module in model.modules():  # a policy without dropout: with it every ratio would be noise
+        raise InputError(f"{flag} {name}: its tokenizer has more tokens than the model has logits")
+    for module in model.modules():  # with dropout every ratio of the objective would be noise
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
@@ -57,10 +58,10 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
 
 
 def refuse_thinking(tokenizer, prompt: list[int]):
-    """Some chat templates write <think> into the prompt; the model would not, and what it writes would be no
-    valid episode."""
+    """Raises InputError if the chat template writes <think> into the prompt. The model would then not write
+    it, and its episodes would not be valid."""
     if "<think>" in tokenizer.decode(prompt[-8:]):
-        raise DataError("the chat template of --model writes <think> itself; the model is expected to do it")
+        raise InputError("the chat template of --model writes <think> itself; the model is expected to do it")
 
 
 def first_line(error: Exception) -> str:
@@ -69,22 +70,23 @@ def first_line(error: Exception) -> str:
 
 @torch.no_grad()
 def probe(model, tokenizer, max_len: int):
-    """Refuses, in one clear line, a model that this sampler or the loss would get wrong. One short ragged
-    batch tells.
+    """Raises InputError, one line, for a model that the sampler or the loss would get wrong: one with
 
-    Raises DataError for a sliding window shorter than `max_len`, for rotary angles that change with the
-    longest row of a batch (longrope), for attention that is wrong under our masks, and for a head that is
-    more than hidden @ lm_head.T (a bias, soft-capping, a logit scale), since kernels/ computes the logits
-    itself."""
+        a sliding window shorter than `max_len`
+        rotary angles that change with the longest row of a batch (longrope)
+        attention that is wrong under the masks of the sampler
+        logits that are not hidden @ lm_head.T (a bias, soft-capping, a scale), since kernels/ computes these
+
+    The last two are tried on a short ragged batch, against a plain forward pass."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window and slides and getattr(config, "use_sliding_window", True) and max_len > window:
         length = f"{max_len} tokens of prompt and completion"
-        raise DataError(f"{config.model_type}: its sliding window of {window} is shorter than {length}")
+        raise InputError(f"{config.model_type}: its sliding window of {window} is shorter than {length}")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope" and max_len > (n := rope["original_max_position_embeddings"]):
-        raise DataError(f"{config.model_type}: its longrope changes at {n} tokens, {max_len} are needed")
+        raise InputError(f"{config.model_type}: its longrope changes at {n} tokens, {max_len} are needed")
     size = min(len(tokenizer), config.vocab_size)
     ids = torch.arange(14, device=model.device).view(2, 7) * 37 % size
     was_training = model.training
@@ -93,14 +95,14 @@ def probe(model, tokenizer, max_len: int):
         plain = model(input_ids=ids)
         hidden = model.base_model(input_ids=ids).last_hidden_state
         cache = SlotCache(model.config, 2, 8, model.device, model.dtype)
-        # a ragged prefill of 5 and 3 tokens, then 2 and 4 more
+        # two ragged prefills: of 5 and 3 tokens, then of 2 and 4 more
         lengths, both = torch.tensor([5, 3], device=model.device), torch.tensor([0, 1], device=model.device)
         first, second = torch.arange(5, device=model.device), torch.arange(4, device=model.device)
         step_hidden(model, cache, both, ids[:, :5], first.expand(2, 5), lengths - 1, 5)
         rest = torch.stack([ids[0, [5, 6, 6, 6]], ids[1, 3:]])
         ours = step_hidden(model, cache, 2, rest, lengths[:, None] + second, torch.full_like(lengths, 6), 7)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise DataError(
+        raise InputError(
             f"{config.model_type}: cannot be sampled through the slot cache: {first_line(error)}"
         ) from error
     finally:
@@ -111,14 +113,14 @@ def probe(model, tokenizer, max_len: int):
         max((ours[0, :2] - hidden[0, 5:]).abs().max().item(), (ours[1] - hidden[1, 3:]).abs().max().item())
         > tolerance * scale
     ):
-        raise DataError(
+        raise InputError(
             f"{config.model_type}: attention through the slot cache differs from a plain forward pass"
         )
     head = model.get_output_embeddings()
     gap = (hidden @ head.weight.T - plain.logits).abs().max().item()
-    # a small bias or small logits under a cap hide in the tolerance
-    more = getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None)
-    if more or gap > tolerance * plain.logits.abs().max().item():
-        raise DataError(
+    # by their attributes too, because a small bias, or a cap far above small logits, is within the tolerance
+    changed = getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None)
+    if changed or gap > tolerance * plain.logits.abs().max().item():
+        raise InputError(
             f"{config.model_type}: its logits are not hidden @ lm_head.T (a bias, soft-capping or a scale)"
         )

@@ -1,8 +1,9 @@
 """Search over a corpus: BM25 in this process, and Search-R1's /retrieve protocol, as client and as server.
 
-A retriever is anything with `.search(queries, k) -> list[list[Doc]]`: here `BM25` and `Remote`. Not here:
-dense retrieval (put it behind /retrieve), and making a passage safe to show to a model (data.encode_foreign).
-Not for many millions of passages: rank_bm25's fit holds one dict a document.
+A retriever is any object with `search(queries, k) -> list[list[Doc]]`. Here these are `BM25` and `Remote`,
+and `open_retriever` chooses between them by the flags. Dense retrieval is not here; it can run behind
+/retrieve. To make a passage safe to show to a model is the task of prompts.encode_foreign. BM25 is not for
+many millions of passages, since rank_bm25 holds one dict for each while it is built.
 
     python retriever.py --corpus corpus.jsonl --port 8000         # serves /retrieve on 127.0.0.1
 
@@ -30,24 +31,25 @@ from rank_bm25 import BM25Okapi
 from tqdm import tqdm
 
 from config import fail, parse
-from data import DataError, Doc
+from data import Doc, InputError, paragraphs
 
-MAX_REQUEST, MAX_REPLY = 2**20, 2**26  # bytes: what the server reads and what the client reads
-MAX_TOPK = 100  # of the server: a small request cannot ask for the whole corpus a thousand times
-BACKOFF = 0.5  # seconds before the first retry, doubled for each one after it
+MAX_REQUEST, MAX_REPLY = 2**20, 2**26  # bytes that the server and the client read at most
+MAX_TOPK = 100  # of the server, so that a small request cannot ask for the whole corpus a thousand times
+BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
 ALL = slice(None)
 TINY = np.nextafter(0.0, 1.0)  # score >= TINY is score > 0
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased runs of letters, digits and underscores; no stemming and no stop words (our choice).
+    """Lower-cased runs of letters, digits and underscores, without stemming and stop words (our choice).
 
-    In a script without spaces (Chinese, Thai) a phrase is one word: such a corpus needs another function."""
+    In a script without spaces (Chinese, Thai) a whole phrase becomes one word, so that a corpus in such a
+    script needs another function."""
     return re.findall(r"\w+", text.lower())
 
 
 def _doc(row) -> Doc:
-    """The document of a corpus line or of a reply; ValueError says what is wrong with it."""
+    """The document in a line of a corpus or in a reply. Raises ValueError, which says what is wrong."""
     if not isinstance(row, dict):
         raise ValueError("a document is not a JSON object")
     title, text = row.get("title"), row.get("text")
@@ -56,19 +58,20 @@ def _doc(row) -> Doc:
         title = re.sub(r'^\s*"(.*)"\s*$', r"\1", title)
     if not (isinstance(title, str) and isinstance(text, str)):
         raise ValueError('a document without "contents" (or "title" and "text")')
-    (title + text).encode()  # half of a surrogate pair passes JSON, and would stop the tokenizer hours later
+    (title + text).encode()  # half of a surrogate pair is valid JSON, but would stop the tokenizer
     return Doc(str(row.get("id", "")), title, text)
 
 
 def load_corpus(path) -> list[Doc]:
-    """Documents of a JSONL file, in its order. A line is Search-R1's {"id", "contents": "\\"Title\\"\\ntext"}
-    or {"id", "title", "text"}.
+    """The documents of a JSONL file, in its order. A line is Search-R1's {"id", "contents":
+    "\\"Title\\"\\ntext"} or {"id", "title", "text"}.
 
-    DataError names file and line: no such file, not UTF-8, not JSON, no id, no contents, no document."""
+    Raises InputError, which names file and line, if the file is missing or empty, or if a line is not UTF-8,
+    not JSON, or no document with an id."""
     docs, number = [], 0
     try:
         size = os.path.getsize(path)
-        quiet = size < 10**7 or None  # None: a bar, but only on a terminal
+        quiet = size < 10**7 or None  # None: tqdm shows a bar if it writes to a terminal
         with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, disable=quiet) as bar:
             for line in file:
                 number += 1
@@ -79,12 +82,12 @@ def load_corpus(path) -> list[Doc]:
                     if "id" not in row:
                         raise ValueError('a document without "id"')
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         reason = {UnicodeDecodeError: "not UTF-8", json.JSONDecodeError: "not JSON"}.get(type(error), error)
-        raise DataError(f"{path}, line {number}: {reason}") from None
+        raise InputError(f"{path}, line {number}: {reason}") from None
     if not docs:
-        raise DataError(f"{path}: no document in it")
+        raise InputError(f"{path}: no document in it")
     return docs
 
 
@@ -100,30 +103,36 @@ class BM25:
 
         score(q, d) = sum over w of idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avgdl))
 
-    over the words w of the query, each as often as it occurs there; tf counts w in d, n the documents with w.
+    over the words w of the query, each as often as it occurs there. tf counts w in d, N is the number of
+    documents, and n the number of documents with w.
 
-    idf "okapi" is rank_bm25's: log((N - n + .5) / (n + .5)), and where that is negative a quarter of the mean
-    idf. The scores are bit for bit those of BM25Okapi.get_scores.
-    idf "plus1" is Lucene's: log(1 + (N - n + .5) / (n + .5)). It is the default because it is above 0 for
-    every word and falls with n. rank_bm25's is 0 or less for the shared words of a small corpus, where then
-    nothing is found; in a large one its floor lifts "the" above rarer words, and the rankings differ.
+    idf="plus1" (the default) is Lucene's: log(1 + (N - n + .5) / (n + .5)). It is positive for every word and
+    falls with n. idf="okapi" is rank_bm25's: log((N - n + .5) / (n + .5)), and where that is negative, a
+    quarter of the mean idf. It is at most 0 for the frequent words of a small corpus, so that nothing is
+    found there, and in a large corpus its floor ranks "the" above rarer words.
 
-    DataError: another idf, no document, or no word in any."""
+    With idf="okapi" the scores are bit for bit those of BM25Okapi.get_scores. They are computed faster,
+    because the contribution of each (word, document) is computed once, when the index is built, by the same
+    operations in the same order. At search time these contributions are added word by word as rank_bm25 does.
+    rank_bm25 also adds 0 for every document without the word, and to add 0 changes no bit. With idf="plus1"
+    the formula differs from rank_bm25's, and so do the scores.
+
+    Raises InputError for another idf, for no documents, and for documents without words."""
 
     def __init__(self, docs: list[Doc], idf: str = "plus1"):
         if idf not in ("okapi", "plus1"):
-            raise DataError(f'idf must be "okapi" or "plus1", not {idf!r}')
+            raise InputError(f'idf must be "okapi" or "plus1", not {idf!r}')
         self.docs = list(docs)
         n = len(self.docs)
-        number: dict[str, int] = {}  # of a word, by first occurrence: the order of fit.idf too
+        number: dict[str, int] = {}  # word -> its number by first occurrence, which is the order of fit.idf
         bar = tqdm(self.docs, desc="indexing", disable=n < 10_000 or None)
         texts = (f"{doc.title}\n{doc.text}" for doc in bar)
         try:
             fit = BM25Okapi([number.setdefault(w, len(number)) for w in tokenize(text)] for text in texts)
         except ZeroDivisionError:
-            raise DataError("nothing to index: no document with a word in it") from None
+            raise InputError("nothing to index: no document with a word in it") from None
 
-        # one entry for each pair (word, document): sorted by word, and within a word by document
+        # arrays over all pairs (word, document), sorted by word, and for each word by document
         word = np.fromiter(chain.from_iterable(fit.doc_freqs), np.int64)  # [pairs]
         order = np.argsort(word, kind="stable")
         word = word[order]
@@ -134,18 +143,18 @@ class BM25:
         if idf == "plus1":
             weight = np.log(1 + (n - df + 0.5) / (df + 0.5))
         length = np.array(fit.doc_len)[doc]
-        # the order of operations is that of get_scores: any other differs in the last bit
+        # in the order of operations of get_scores, since any other order differs in the last bit
         impact = weight[word] * (tf * (fit.k1 + 1) / (tf + fit.k1 * (1 - fit.b + fit.b * length / fit.avgdl)))
 
-        self.postings = {}  # word -> (where, impact) of scores[where] += impact
+        self.postings = {}  # word -> (where, impact): a search does scores[where] += impact
         for text, end, count in zip(number, np.cumsum(df).tolist(), df.tolist(), strict=True):
             where, values = doc[end - count : end], impact[end - count : end]
-            if count > n / 4:  # a row over all documents: to add it is faster than to scatter
+            if count > n / 4:  # a frequent word: to add a row over all documents is faster than to scatter
                 row = np.zeros(n)
                 row[where] = values
                 where, values = ALL, row
             self.postings[text] = where, values
-        self._top = lru_cache(maxsize=2**14)(self._top)  # the siblings of a group often write the same query
+        self._top = lru_cache(maxsize=2**14)(self._top)  # episodes of a group often write the same query
 
     def _find(self, query: str) -> list[tuple]:
         return [self.postings[word] for word in tokenize(query) if word in self.postings]
@@ -160,14 +169,15 @@ class BM25:
         return scores
 
     def scores(self, query: str) -> np.ndarray:
-        """float64 [documents]: the score of every document."""
+        """The scores of all documents, [documents] float64."""
         return self._sum(self._find(query))
 
     def _top(self, query: str, k: int) -> list[Doc]:
         found = self._find(query)
         scores = self._sum(found)
-        # the k-th best score among the documents of one word is a lower bound for the k-th best of all; the
-        # rarest word gives a high one for little work, and few documents are left to sort
+        # Only documents above a lower bound of the k-th best score have to be sorted. The k-th best score
+        # among the documents of one word is such a bound, and the rarest word gives a high one for little
+        # work.
         rarest = min((f for f in found if len(f[1]) >= k), key=lambda f: len(f[1]), default=None)
         bound = max(TINY, np.partition(scores[rarest[0]], -k)[-k]) if rarest else TINY
         left = np.flatnonzero(scores >= bound)
@@ -175,45 +185,51 @@ class BM25:
         return [replace(self.docs[i], score=float(scores[i])) for i in best]
 
     def search(self, queries: list[str], k: int) -> list[list[Doc]]:
-        """For each query up to `k` documents with a score above 0, best first, ties in corpus order.
+        """For each query up to `k` documents with a score above 0, best first, ties in the order of the
+        corpus.
 
-        Safe to call from several threads. TypeError: not a list of strings. ValueError: `k` below 1."""
+        Can be called from several threads. Raises TypeError if `queries` is no list of strings, and
+        ValueError if `k` is below 1."""
         _check(queries, k)
         return [list(self._top(query, k)) for query in queries]
 
 
 class RetrieverError(RuntimeError):
-    """The search failed, which is not "nothing was found". One line: the address and the reason."""
+    """The search failed, as opposed to finding nothing. The message is one line: the address and the
+    reason."""
 
 
 class Remote:
-    """Client of a /retrieve server (protocol of github.com/PeterGriffinJin/Search-R1) with BM25's `search`:
+    """Client of a /retrieve server (the protocol of github.com/PeterGriffinJin/Search-R1), with the `search`
+    of BM25:
 
         POST {"queries": [..], "topk": k, "return_scores": true}
-        ->   {"result": [[{"document": {"id", "contents"}, "score": 1.5}, ..], ..]}; bare documents do too
+        ->   {"result": [[{"document": {"id", "contents"}, "score": 1.5}, ..], ..]}
 
-    `url` is http or https, with or without /retrieve at its end, else DataError. `timeout` is in seconds and
-    for each attempt. A failed connection, a timeout and a 5xx are tried again, up to `retries` times. A 4xx,
-    a redirect and a wrong reply are a RetrieverError at once."""
+    A reply may also hold the documents themselves, without scores. `url` is http or https, with or without
+    /retrieve at its end; InputError if not. `timeout` is in seconds, for each attempt. After a failed
+    connection, a timeout or a 5xx status the client tries again, up to `retries` times. After a 4xx status, a
+    redirect or a wrong reply it raises RetrieverError at once."""
 
-    remote = True  # a rollout asks it in a thread, and goes on meanwhile
+    remote = True  # a rollout calls it in a thread and goes on meanwhile
 
     def __init__(self, url: str, timeout: float = 10.0, retries: int = 3):
         host = re.fullmatch(r"(?ai)https?://([\w.-]+|\[[\da-f:.]+\])(?::(\d+))?(/[!-~]*)?", url)
-        if not host or int(host[2] or 0) > 65535:  # getaddrinfo takes 70000 for 4464
-            raise DataError(f"a retriever has an http:// or https:// address, which {url!r} is not")
+        if not host or int(host[2] or 0) > 65535:  # getaddrinfo would take port 70000 for 4464
+            raise InputError(f"a retriever has an http:// or https:// address, which {url!r} is not")
         self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
         self.timeout, self.retries = timeout, retries
         local = re.fullmatch(r"localhost|127(\.\d+){3}|\[::1\]", host[1].lower())
-        # built by hand: the opener of build_opener follows redirects, also to other hosts
+        # not by build_opener, whose opener follows redirects, even to other hosts
         self._opener = urllib.request.OpenerDirector()
-        proxies = {} if local else None  # None: those of the environment
+        proxies = {} if local else None  # None: the proxies of the environment
         self._opener.add_handler(urllib.request.ProxyHandler(proxies))
         for kind in ("HTTPHandler", "HTTPSHandler", "HTTPErrorProcessor", "HTTPDefaultErrorHandler"):
             self._opener.add_handler(getattr(urllib.request, kind)())
 
     def search(self, queries: list[str], k: int) -> list[list[Doc]]:
-        """For each query up to `k` documents in the server's order; RetrieverError without a valid reply."""
+        """For each query up to `k` documents in the server's order. Raises RetrieverError if the server gives
+        no valid reply."""
         _check(queries, k)
         if not queries:
             return []
@@ -243,9 +259,9 @@ class Remote:
                 reply += chunk
                 if len(reply) > MAX_REPLY:
                     raise ValueError(f"larger than {MAX_REPLY} bytes")
-                if time.monotonic() > end:  # the timeout of a socket is for one read, and a server may drip
+                if time.monotonic() > end:  # the socket's timeout is for one read, of which there may be many
                     raise TimeoutError("timed out")
-            if response.length:  # bytes still to come
+            if response.length:  # bytes that were announced and did not come
                 raise ConnectionError("the reply was cut short")
         return bytes(reply)
 
@@ -263,22 +279,49 @@ def _scored(item) -> Doc:
     return replace(doc, score=float(item.get("score", 0.0)))
 
 
+def open_retriever(config, splits: dict[str, str]):
+    """The retriever that the flags select: a /retrieve server (--retriever), BM25 over a file (--corpus), or
+    BM25 over the paragraphs that the data sets contain. `config` has the fields retriever and corpus.
+    `splits` are comma-separated data sets for each split: {"train": "musique,mmlu", "test": "hotpotqa"}.
+    Raises InputError if the server does not answer, or if there is nothing to search."""
+    if config.retriever:
+        remote = Remote(config.retriever)
+        try:
+            remote.search(["test"], 1)
+        except RetrieverError as error:
+            raise InputError(f"--retriever: {error}") from error
+        return remote
+    if config.corpus:
+        return BM25(load_corpus(config.corpus))
+    docs = {
+        (doc.title, doc.text): doc
+        for split, specs in splits.items()
+        for spec in filter(None, map(str.strip, specs.split(",")))
+        for doc in paragraphs(spec, split)
+    }
+    if not docs:
+        names = ", ".join(filter(None, splits.values()))
+        raise InputError(f"nothing to search: {names} contain no paragraphs; give --corpus or --retriever")
+    return BM25([replace(doc, id=str(i)) for i, doc in enumerate(docs.values())])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the server
 
 
 class Server(ThreadingHTTPServer):
-    """POST /retrieve over `retriever`, to be set before serve_forever(). No authentication: loopback only."""
+    """Answers POST /retrieve with `retriever`, which is set before serve_forever(). There is no
+    authentication, so it is for the loopback address."""
 
-    request_queue_size = 128  # callers waiting to be accepted; a burst of requests overflows the usual 5
+    request_queue_size = 128  # connections that may wait; a burst of requests would overflow the default of 5
     retriever: BM25
 
-    def handle_error(self, request, client_address):  # most often a client that went away
+    def handle_error(self, request, client_address):  # mostly a client that closed the connection
         print(f"retriever.py: {client_address[0]}: {sys.exc_info()[1]!r}", file=sys.stderr)
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = 30  # seconds that a silent client may hold a thread
+    timeout = 30  # seconds for which a silent client can occupy a thread
 
     def do_POST(self):
         if self.path.rstrip("/") != "/retrieve":
@@ -299,7 +342,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise ValueError("no Content-Length")
-        # read past the limit: closing with bytes unread resets the connection, and the client never sees why
+        # Reads beyond the limit, because closing a connection with unread bytes resets it, and the client
+        # would never see the reason.
         body = self.rfile.read(min(int(length), 8 * MAX_REQUEST))
         if int(length) > MAX_REQUEST:
             raise ValueError(f"the request is larger than {MAX_REQUEST} bytes")
@@ -322,30 +366,30 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args):
-        pass  # a line for each request of a training run helps nobody
+        pass  # a training run makes thousands of requests
 
 
 @dataclass
 class Config:
-    """Serve BM25 over a corpus at /retrieve."""
+    """Serves BM25 over a corpus at /retrieve."""
 
-    corpus: str = ""  # JSONL, {"id", "contents"} or {"id", "title", "text"} a line
-    port: int = 8000  # 0: any free one
-    host: str = "127.0.0.1"  # there is no authentication: another address opens the corpus to that network
-    idf: str = "plus1"  # or okapi: rank_bm25's own
+    corpus: str = ""  # JSONL with {"id", "contents"} or {"id", "title", "text"} in each line
+    port: int = 8000  # 0: any free port
+    host: str = "127.0.0.1"  # without authentication, any other address opens the corpus to its network
+    idf: str = "plus1"  # or okapi, that of rank_bm25
 
 
 def main():
     config, _ = parse(Config, "retriever.py")
     if not config.corpus:
         fail("retriever.py", "--corpus is missing")
-    try:  # before the corpus is read, so that a port in use is said at once
+    try:  # before the corpus is read, so that a port in use is reported at once
         server = Server((config.host, config.port), Handler)
     except (OSError, OverflowError, UnicodeError) as error:
         fail("retriever.py", f"{config.host}:{config.port}: {getattr(error, 'strerror', None) or error}")
     try:
         server.retriever = BM25(load_corpus(config.corpus), config.idf)
-    except DataError as error:
+    except InputError as error:
         fail("retriever.py", error)
     host, port = server.server_address[:2]
     print(f"{len(server.retriever.docs)} documents at http://{host}:{port}/retrieve", flush=True)

@@ -1,7 +1,7 @@
 """Rule-based rewards: how an answer is matched, how an episode is read, and what each method pays for it.
 
 SEM (arXiv 2505.07903; the formula is second-hand, from reviews of the paper, and `f` on both terms is our
-reading):
+reading of it):
 
     R = f * 1[F1(a1) >= tau and s = 0 and t = 1] * F1(a1)  +  f * 1[F1(a1) < tau and u = 1] * F1(a2)
 
@@ -12,21 +12,25 @@ reading):
     F1(a1) < tau        no          0
     broken structure                0
 
-    f   the structure is valid, see `parse_episode`   s   it searched
+    f   the structure is valid, see `parse_episode`   s   the episode searched
     t   exactly one <think> and one <answer>          u   every search is well-formed and was answered
-    a1  the first answer, before any search           a2  the last answer after the last result; none: F1 is 0
+    a1  the first answer, before any search           a2  the last answer after the last result (none: F1 = 0)
 
-Two weaknesses are the formula's own, and are kept: a right draft followed by a search earns less than a junk
-draft followed by the same search (so training logs `sandbag_suspects`), and nothing here says when to stop
-searching.
+The formula has two weaknesses, which are kept here because they belong to the method. If a policy searches, a
+right draft earns 0 and a wrong draft earns F1(a2), so a junk draft pays; training logs `sandbag_suspects` to
+show this. And nothing in the formula says when to stop searching.
 
-The methods that SEM is compared with pay for the final answer; nothing in these says when to search:
+The methods that SEM is compared with pay for the final answer, and nothing in them says when to search:
 
-    search-r1   EM          zerosearch   F1          research   F1, at least 0.1 for a sound format, else 0
-    ssrl        0.9 EM + 0.1 format
+    search-r1     EM               zerosearch    F1
+    ssrl          0.9 EM + 0.1 format
+    research      F1, or 0.1 where F1 is 0; in a broken format 0
 
-Only what the policy wrote is ever read, segment by segment. Retrieved text cannot answer, close a tag or
-break the structure. To add a reward, write a function and name it in the tables at the end."""
+A reward reads only what the policy wrote, segment by segment, so retrieved text cannot answer, close a tag or
+break the structure. To add a reward, write a function and an entry of REWARDS, at the end of this file.
+
+    reward = REWARDS["sem"](episode, episode.question, tau=0.5)["reward"]
+"""
 
 from __future__ import annotations
 
@@ -38,33 +42,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data import RESEARCH, SEARCH_R1, SEM, SSRL, Question, Template
-from rollout import Episode
+from data import Episode, Question
+from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, Template
 
 # ----------------------------------------------------------------------------------------------------------
 # answer matching
 #
-# The official rules of the data sets, and where we leave them:
+# Each data set has an official rule. These are the rules, and where this file differs from them:
 #
-#   HotpotQA, 2WikiMultihopQA   SQuAD's normaliser; F1 is 0 where yes, no or noanswer meets anything else.
-#                               2Wiki's script also takes aliases, from a file that we do not read
-#   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, the best over all golds. NQ's script takes accents apart
-#                               first (NFD); here an accent in two characters differs from one in one
+#   HotpotQA, 2WikiMultihopQA   SQuAD's normaliser. F1 is 0 if one side is yes, no or noanswer and the other
+#                               side is not. The script of 2Wiki also accepts aliases from another file,
+#                               which is not read here.
+#   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, and the best score over all golds. The script of NQ first
+#                               separates accents from letters (NFD); here the two spellings differ.
 #   TriviaQA                    the same, but punctuation, and ‘ ’ and ´, becomes a blank
-#   GSM8K                       the number, without commas, compared as text; officially what follows ####,
-#                               here the only number of the answer. F1 is EM
-#   MMLU                        the letter; an option written out counts as its letter. F1 is EM
-#   PopQA                       its paper counts an answer that contains a gold; here EM, as in Search-R1
-#   every set                   a text that it would leave nothing of keeps its articles, else its
-#                               punctuation: "The", "A", "!!!" match only themselves, and "" nothing
+#   GSM8K                       the number, without commas, compared as text. The official rule reads what
+#                               follows ####; here it is the only number of the answer. F1 is EM.
+#   MMLU                        the letter. An option written out counts as its letter. F1 is EM.
+#   PopQA                       its paper accepts an answer that contains a gold; here EM, as in Search-R1
+#   every data set              see `normalise` for answers that consist of articles or punctuation alone
 
 
 def normalise(text: str, blanks: bool = False) -> str:
-    """SQuAD's rule (lower case, no punctuation, no articles, single blanks), but what would leave nothing
-    keeps its articles, and then its punctuation. `blanks`: punctuation becomes a blank (TriviaQA).
+    """SQuAD's rule: lower case, no punctuation, no articles, single blanks. With `blanks`, punctuation
+    becomes a blank instead of nothing (TriviaQA).
 
-    The deviation is for titles such as "The", "A" and "!!!": by the plain rule they become "", and "" equals
-    every other ""."""
+    There is one deviation. The plain rule turns titles such as "The", "A" and "!!!" into the empty text, and
+    then all of them are equal. So a text that would become empty keeps its articles, and if it is still empty
+    its punctuation too."""
     text = " ".join(text.lower().split())
     if blanks:
         bare = "".join(" " if c in string.punctuation + "\u2018\u2019\u00b4" else c for c in text)
@@ -80,29 +85,30 @@ def number(text: str) -> str | None:
 
 
 def letter(text: str, choices: list[str]) -> str | None:
-    """The option that an answer names: "b", "(B)", "B. Paris" or "Paris" -> "B"; None if it names none.
+    """The letter of the option that an answer names: "b", "(B)", "B. Paris" or "Paris" -> "B". None if it
+    names no option.
 
-    Letters are compared as letters: the rule above would delete "A" as an article. An option written out
-    exactly comes first: by the rule above "-1" is "1"."""
+    A letter is compared as a letter, because `normalise` would delete "A" as an article. An option that is
+    written out exactly takes precedence, because `normalise` would make "-1" equal to "1"."""
     options = [(chr(65 + i), choice) for i, choice in enumerate(choices)]
 
-    def spelt(text: str, form: Callable) -> list[str]:
+    def matching(text: str, form: Callable) -> list[str]:
         return [name for name, choice in options if form(choice) == form(text)]
 
-    exact, loose = spelt(text, str.strip), spelt(text, normalise)
+    exact, loose = matching(text, str.strip), matching(text, normalise)
     found = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:)]\s*(.*))?", text.strip(), re.DOTALL)
     if found and found[1].upper() in dict(options):
         named, rest = found[1].upper(), found[2]
-        if not rest or named in (spelt(rest, str.strip) or spelt(rest, normalise)):
+        if not rest or named in (matching(rest, str.strip) or matching(rest, normalise)):
             return named
-        loose = []  # "A. Paris", and Paris is B: it names none, though without the article it is "Paris"
+        loose = []  # "A. Paris" where Paris is B names none; `normalise` would drop the "A" as an article
     names = exact or loose
     return names[0] if len(names) == 1 and text.strip() else None
 
 
 def exact_match(text: str | None, question: Question) -> float:
-    """1.0 if the answer equals one of the golds by the rule of its data set, or names the right option; else
-    0.0. None is no answer."""
+    """1.0 if the answer equals one of the golds by the rule of its data set, or names the right option, else
+    0.0. `text` is None if there is no answer."""
     if text is None:
         return 0.0
     if question.choices:
@@ -110,29 +116,30 @@ def exact_match(text: str | None, question: Question) -> float:
     if question.source == "gsm8k":
         return float(number(text) in question.answers)
     blanks = question.source == "triviaqa"
-    said = normalise(text, blanks)
-    return float(said != "" and said in (normalise(gold, blanks) for gold in question.answers))
+    answer = normalise(text, blanks)
+    return float(answer != "" and answer in (normalise(gold, blanks) for gold in question.answers))
 
 
 def f1(text: str | None, question: Question, yes_no: bool | None = None) -> float:
-    """Token F1 after `normalise`, the best over the golds (SQuAD). Multiple choice and GSM8K have no partial
-    credit.
+    """Token F1 after `normalise`, the best over the golds (SQuAD, arXiv 1606.05250), in [0, 1]. Multiple
+    choice and GSM8K have no partial credit.
 
-    `yes_no`: yes, no and noanswer match only themselves; by default where the data set says so."""
+    With `yes_no`, the answers yes, no and noanswer match only themselves. The default is the rule of the data
+    set."""
     if text is None or question.choices or question.source == "gsm8k":
         return exact_match(text, question)
     yes_no = question.source in ("hotpotqa", "2wikimultihopqa") if yes_no is None else yes_no
     blanks = question.source == "triviaqa"
-    said = normalise(text, blanks)
-    return max((_f1(said, normalise(gold, blanks), yes_no) for gold in question.answers), default=0.0)
+    answer = normalise(text, blanks)
+    return max((_f1(answer, normalise(gold, blanks), yes_no) for gold in question.answers), default=0.0)
 
 
 def _f1(text: str, gold: str, yes_no: bool) -> float:
     if yes_no and text != gold and {text, gold} & {"yes", "no", "noanswer"}:
         return 0.0
-    said, wanted = text.split(), gold.split()
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
+    answer_words, gold_words = text.split(), gold.split()
+    common = sum((Counter(answer_words) & Counter(gold_words)).values())
+    return 2 * common / (len(answer_words) + len(gold_words)) if common else 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -141,21 +148,23 @@ def _f1(text: str, gold: str, yes_no: bool) -> float:
 
 @dataclass
 class Parse:
-    """An episode as blocks. `shape` has a letter for each: T think, A answer, S search, R result, M a message
-    of the environment, ! a mistake.
+    """What `parse_episode` found. `shape` has one letter for each block: T think, A answer, S search, R
+    result, M a reminder of the environment, ! a mistake.
 
     A mistake is text outside the tags, an empty block, a tag without its partner, or a result block that the
-    policy wrote though it is not its own search engine."""
+    policy wrote although its method has a search engine."""
 
     shape: str
     first: str | None  # a1: the first answer before any search
-    last: str | None  # a2: the last answer after the last result; None without one
+    last: str | None  # a2: the last answer after the last result
     valid: bool  # f, by SEM's grammar
-    answer: str | None  # the final answer: in SEM a2 if it searched, else a1; elsewhere the last one
+    answer: (
+        str | None
+    )  # the final answer: for SEM a2 if the episode searched, else a1; otherwise the last one
 
     @property
     def searched(self) -> bool:
-        """s. A result counts too: the environment answers any query, also one whose block is a mistake."""
+        """s. A result counts as well, because the environment may answer a query whose block is a mistake."""
         return "S" in self.shape or "R" in self.shape
 
 
@@ -167,8 +176,9 @@ def tag_pattern(template: Template) -> re.Pattern:
 def parse_episode(episode: Episode) -> Parse:
     """Reads the blocks of an episode, segment by segment, in linear time.
 
-    Valid (f = 1) is  think answer  or  think answer (search result think?)+ answer , ended by an end
-    token."""
+    An episode is valid (f = 1) if an end token ended it and its blocks are
+
+        think answer    or    think answer (search result think?)+ answer"""
     t = episode.template
     letters = {t.think: "T", t.answer: "A", t.search: "S", t.result: "R"}
     shape, first, last, final, forced = "", None, None, None, ""
@@ -179,18 +189,20 @@ def parse_episode(episode: Episode) -> Parse:
         if segment.kind == "retry":
             shape += "M"
             continue
-        if segment.kind == "forced":  # the policy's next words belong into this block
+        if segment.kind == "forced":  # an opening tag: what the policy writes next belongs into this block
             forced = segment.text
             continue
-        replied = i + 1 < len(episode.segments)  # the segment ended with the tag that brought about a reply
+        replied = i + 1 < len(episode.segments)  # the segment ended with the tag that the next one replies to
         pieces = tag_pattern(t).split(forced + segment.text)  # text, tag, text, tag, .., text
         at, forced = 0, ""
         while at < len(pieces):
             piece = pieces[at]
             kind = piece[1:-1] if at % 2 else ""
-            if at % 2 == 0:  # text outside the tags; behind the last tag it came along with its last token
+            if (
+                at % 2 == 0
+            ):  # text outside the tags; after the last tag it is the rest of the tag's last token
                 shape += "!" if piece.strip() and not (replied and at == len(pieces) - 1) else ""
-            elif pieces[at + 2 : at + 3] == [f"</{kind}>"] and (kind != t.result or t.own_results):
+            elif pieces[at + 2 : at + 3] == [f"</{kind}>"] and (kind != t.result or t.self_search):
                 body = pieces[at + 1].strip()
                 shape += letters[kind] if body else "!"
                 if kind == t.answer:
@@ -201,7 +213,7 @@ def parse_episode(episode: Episode) -> Parse:
                 elif kind == t.result:
                     last = None
                 at += 2
-            else:  # no partner, another tag in between, or a result of the policy's own
+            else:  # a tag without partner, another tag inside the block, or a result that the policy wrote
                 shape += "!"
             at += 1
     valid = episode.stop == "eos" and re.fullmatch(r"TA((SRT?)+A)?", shape) is not None
@@ -211,7 +223,7 @@ def parse_episode(episode: Episode) -> Parse:
     elif t.boxed:
         parse.answer = unbox(final or "")
     elif t.raw:
-        # a trained policy may use its tags all the same
+        # A policy that was trained on tags may use them even where the prompt does not mention them.
         parse.answer = final or model_text(episode).strip() or None
     return parse
 
@@ -221,14 +233,15 @@ def model_text(episode: Episode) -> str:
 
 
 def outline(episode: Episode) -> str:
-    """What a format is read from: the policy's text, a dummy for every result, no messages."""
+    """The text that a format rule is checked on: the policy's text, a placeholder for every result, and no
+    reminders."""
     t = episode.template
-    dummy = {"env": f"<{t.result}>found</{t.result}>", "retry": ""}
-    return "".join(dummy.get(s.kind, s.text) for s in episode.segments)
+    replaced = {"env": f"<{t.result}>found</{t.result}>", "retry": ""}
+    return "".join(replaced.get(s.kind, s.text) for s in episode.segments)
 
 
 def unbox(text: str) -> str | None:
-    r"""What the last \boxed{..} of a text holds, braces balanced; None without one."""
+    r"""The content of the last \boxed{..} of a text, with balanced braces. None if there is none."""
     start = text.rfind(r"\boxed{")
     depth = 0
     for i in range(start + 6, len(text) if start >= 0 else 0):
@@ -241,62 +254,52 @@ def unbox(text: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------
 # rewards: (episode, question, **options) -> {"reward": .., and its named parts}
 #
-# The options are tau, kept, and group, the episodes of the same question; a rule takes what it needs.
+# The options are tau, search_cost, and group (the episodes of the same question whose searches did not fail).
+# A rule names the options that it needs and ignores the others.
 
 
 def sem(
-    episode: Episode, question: Question, *, tau: float = 0.5, kept: float | None = None, **_
+    episode: Episode, question: Question, *, tau: float = 0.5, search_cost: float | None = None, **_
 ) -> dict[str, float]:
     """SEM's reward, in [0, 1], and its parts f, s, t, u, f1_a1, f1_a2.
 
-    `tau` is not published; 0.5 is our choice. `kept`, ours too, repairs the first weakness: a right draft
-    followed by a search keeps (1 - kept) * F1(a2) in place of 0."""
+    `tau` is not published; 0.5 is our choice. `search_cost` (--sem_kept) is a repair of ours for the junk
+    draft: a right draft that is followed by a search earns (1 - search_cost) * F1(a2) instead of 0."""
     p = parse_episode(episode)
     f, s, t = p.valid, p.searched, p.shape.count("T") == 1 and p.shape.count("A") == 1
     u = p.shape.count("S") > 0 and p.shape.count("SR") == p.shape.count("S") == p.shape.count("R")
     f1_a1, f1_a2 = f1(p.first, question), f1(p.last, question)
     good = f1_a1 >= tau
     reward = f * (good and not s and t) * f1_a1 + f * (not good and u) * f1_a2
-    if kept is not None and f and u and good:
-        reward = (1 - kept) * f1_a2
-    return {
-        "reward": float(reward),
-        "f": float(f),
-        "s": float(s),
-        "t": float(t),
-        "u": float(u),
-        "f1_a1": f1_a1,
-        "f1_a2": f1_a2,
-    }
-
-
-def sem_kept(episode: Episode, question: Question, *, kept: float | None = None, **options):
-    """SEM with the first weakness repaired (ours): `kept` is 0.1 unless given."""
-    return sem(episode, question, kept=0.1 if kept is None else kept, **options)
+    if search_cost is not None and f and u and good:
+        reward = (1 - search_cost) * f1_a2
+    flags = {"f": float(f), "s": float(s), "t": float(t), "u": float(u)}
+    return {"reward": float(reward), **flags, "f1_a1": f1_a1, "f1_a2": f1_a2}
 
 
 def search_r1(episode: Episode, question: Question, **_) -> dict[str, float]:
     """EM of the answer (arXiv 2503.09516), in {0, 1}.
 
-    The published code reads prompt and results too, and needs a second <answer>, since the first is the
-    prompt's example: a document that holds one earns 1 there, and never here."""
+    The published code searches the whole text for the last <answer>, prompt and results included, so that a
+    document with an answer block can earn 1. Here only the policy's text is read."""
     em = exact_match(parse_episode(episode).answer, question)
     return {"reward": em, "em": em}
 
 
 def zerosearch(episode: Episode, question: Question, **_) -> dict[str, float]:
-    """F1 of the answer (arXiv 2505.04588), in [0, 1]; their F1 gives yes and no no rule of their own."""
+    """F1 of the answer (arXiv 2505.04588), in [0, 1]. This F1 treats yes and no like any other word."""
     p = parse_episode(episode)
     reward = f1(p.answer, question, yes_no=False)
     return {"reward": reward, "em": exact_match(p.answer, question)}
 
 
 def research(episode: Episode, question: Question, *, paper: bool = False, **_) -> dict[str, float]:
-    """The rule of ReSearch's code: 0 for a broken format, a missing end or a missing box, else F1, at least
-    0.1. (There an empty box earns 0.1 too; here it is none.)
+    """The rule of ReSearch's code, in [0, 1]: 0 for a broken format, a missing end token or a missing box,
+    else F1, or 0.1 if F1 is 0. (In the code an empty box earns 0.1 too; here it counts as missing.)
 
-    `paper`: eq. 2 of arXiv 2503.19470, where F1 > 0 is paid in a broken format too. Sound are: as many
-    <think> as </think>, one at least; one <answer>, with a box; behind every search its result."""
+    A format is sound if there are as many <think> as </think> and at least one, exactly one <answer>, which
+    holds a box, and a result after every search. `paper` selects eq. 2 of arXiv 2503.19470 instead, where F1
+    is paid in a broken format too."""
     t, p = episode.template, parse_episode(episode)
     text = outline(episode)
     turns = re.findall(rf"</?(?:{t.search}|{t.result})>", text)
@@ -315,26 +318,23 @@ def research_paper(episode: Episode, question: Question, **options) -> dict[str,
 
 def ssrl(episode: Episode, question: Question, **_) -> dict[str, float]:
     """0.9 EM + 0.1 format (SSRL's code, arXiv 2508.10874), in [0, 1]."""
-    em, shape = exact_match(parse_episode(episode).answer, question), ssrl_format(outline(episode))
-    return {"reward": 0.9 * em + 0.1 * shape, "em": em, "f": shape}
+    em, form = exact_match(parse_episode(episode).answer, question), ssrl_format(outline(episode))
+    return {"reward": 0.9 * em + 0.1 * form, "em": em, "f": form}
 
 
 def ssrl_format(text: str) -> float:
-    """SSRL's format score, in [0, 1]: 0 for any fault below, else for T <think> and S <search> blocks
-    min(1, T / 2) * min(T, S + 1) / max(T, S + 1).
+    """SSRL's format score, in [0, 1]. It is 0 if the text has one of the faults listed below. Otherwise, with
+    T <think> blocks and S <search> blocks, it is
 
-    One thought and no search is 0.5, think search information think answer is 1."""
+        min(1, T / 2) * min(T, S + 1) / max(T, S + 1)
+
+    so that one thought without a search gives 0.5, and think search information think answer gives 1."""
     text = text.strip()
     tags = re.findall(r"<(/?\w[^<>]*)>", text)
     blocks = {k: re.findall(rf"<{k}>(.*?)</{k}>", text, re.DOTALL) for k in SSRL.tags}
     t, s = tags.count("think"), tags.count("search")
-    copied = {
-        "think": "your thoughts",
-        "answer": "your answer",
-        "search": "your query",
-        "information": "your information",
-    }
-    asks = [i for i, tag in enumerate(tags) if tag == "search"]
+    placeholders = dict(think="thoughts", answer="answer", search="query", information="information")
+    searches = [i for i, tag in enumerate(tags) if tag == "search"]
     faults = (
         {tag.removeprefix("/") for tag in tags} - set(SSRL.tags)  # a tag of another name
         or tags[:2] != ["think", "/think"]
@@ -342,9 +342,9 @@ def ssrl_format(text: str) -> float:
         or len(tags) < 4
         or not text.startswith("<think>")
         or not text.endswith("</answer>")
-        or any(not body.strip() or copied[k] in body for k in blocks for body in blocks[k])
+        or any(not body.strip() or f"your {placeholders[k]}" in body for k in blocks for body in blocks[k])
         or any("\n" in body.strip() for body in blocks["search"])
-        or any(tags[i + 1 : i + 4] != ["/search", "information", "/information"] for i in asks)
+        or any(tags[i + 1 : i + 4] != ["/search", "information", "/information"] for i in searches)
         or tags.count("information") != s
         or t > 8
     )
@@ -352,60 +352,65 @@ def ssrl_format(text: str) -> float:
 
 
 def otc(episode: Episode, question: Question, *, group: list[Episode], **_) -> dict[str, float]:
-    """EM times a factor for few searches within the group (OTC-GRPO, arXiv 2504.14870; its formula as two
-    secondary sources have it, its constant c is not known, 1 here), in [0, 1].
+    """EM times a factor that is 1 for as few searches as the best of the group, in [0, 1] (OTC-GRPO, arXiv
+    2504.14870, second-hand). Its constant c is not known and taken as 1.
 
-    m searches here, n the fewest among the right episodes of the group."""
+    With m searches in this episode, and n the fewest among the right episodes of the group:
+
+        n = 0: cos(m pi / (2 m + 1))        n > 0: sin(m pi / (m + n))"""
     em, m = exact_match(parse_episode(episode).answer, question), episode.searches
     right = [e.searches for e in group if exact_match(parse_episode(e).answer, question)]
     n = min(right, default=0)
-    if n == 0:
-        tool = math.cos(m * math.pi / (2 * m + 1))  # 1 at m = 0
-    else:
-        tool = math.sin(math.pi * m / (m + n))  # 1 at m = n
-    return {"reward": em * tool, "em": em}
+    factor = math.sin(math.pi * m / (m + n)) if n else math.cos(m * math.pi / (2 * m + 1))
+    return {"reward": em * factor, "em": em}
 
 
 def flat(episode: Episode, question: Question, **_) -> dict[str, float]:
-    """EM - 0.1 a search: the plain penalty that is published as a failure (arXiv 2605.29796, 2512.16883)."""
+    """EM - 0.1 for each search: the plain penalty that is published as a failure (arXiv 2605.29796,
+    2512.16883)."""
     em = exact_match(parse_episode(episode).answer, question)
     return {"reward": em - 0.1 * episode.searches, "em": em}
 
 
 @dataclass(frozen=True)
+class Reward:
+    """An entry of REWARDS, called like the function in it."""
+
+    function: Callable
+    fits: Callable[[Template], bool] = lambda template: True  # whether the reward can read this dialect
+
+    def __call__(self, episode: Episode, question: Question, **options) -> dict[str, float]:
+        return self.function(episode, question, **options)
+
+
+REWARDS = {  # --reward
+    "sem": Reward(sem, fits=lambda template: template.draft),
+    "search-r1": Reward(search_r1),
+    "zerosearch": Reward(zerosearch),
+    "research": Reward(research, fits=lambda template: template.boxed),
+    "research_paper": Reward(research_paper, fits=lambda template: template.boxed),
+    "ssrl": Reward(ssrl, fits=lambda template: template.self_search),
+    "otc": Reward(otc, fits=lambda template: not template.self_search),  # self-search is free there
+    "flat": Reward(flat, fits=lambda template: not template.self_search),
+}
+
+
+@dataclass(frozen=True)
 class Method:
     template: Template
-    reward: Callable
-    simulated: bool = False  # while training, a simulator stands in for the search engine
+    reward: Callable  # an entry of REWARDS, or any function with the same arguments
+    simulated: bool = False  # while training, a simulator takes the place of the search engine
 
 
 METHODS = {  # --method
-    "sem": Method(SEM, sem),
-    "ssrl": Method(SSRL, ssrl),
-    "search-r1": Method(SEARCH_R1, search_r1),
-    "research": Method(RESEARCH, research),
-    "zerosearch": Method(SEARCH_R1, zerosearch, simulated=True),
+    "sem": Method(SEM, REWARDS["sem"]),
+    "ssrl": Method(SSRL, REWARDS["ssrl"]),
+    "search-r1": Method(SEARCH_R1, REWARDS["search-r1"]),
+    "research": Method(RESEARCH, REWARDS["research"]),
+    "zerosearch": Method(SEARCH_R1, REWARDS["zerosearch"], simulated=True),
 }
-REWARDS = {name: method.reward for name, method in METHODS.items()}  # --reward; by default the method's own
-REWARDS |= {"sem_kept": sem_kept, "research_paper": research_paper, "otc": otc, "flat": flat}
 
 
 def dialect(method: str) -> str:
-    """The first method that talks as this one does: methods of one dialect share a base model in the toy
-    world."""
+    """The first method with the same template: such methods share a base model in the toy world."""
     return next(name for name, m in METHODS.items() if m.template == METHODS[method].template)
-
-
-def sandbag_suspects(parts: list[dict[str, float]], group_size: int, tau: float = 0.5) -> tuple[int, int]:
-    """(suspects, searched): of the episodes that searched although a sibling earned its reward without, those
-    with a wrong draft.
-
-    The share suspects / searched is logged while training: a policy that learns to draft junk in order to
-    search drives it up."""
-    suspects = searched = 0
-    for i in range(0, len(parts), group_size):
-        group = parts[i : i + group_size]
-        if any(p["reward"] > 0 and not p["s"] for p in group):
-            searched += sum(p["s"] == 1 for p in group)
-            suspects += sum(p["s"] == 1 and p["f1_a1"] < tau for p in group)
-    return suspects, searched

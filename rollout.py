@@ -1,7 +1,7 @@
-"""Batched sampling through the search loop: questions in, token-exact episodes out. No `generate`, no
-re-tokenising, no re-prefilling.
+"""Batched sampling through the search loop: questions in, episodes out, exact to the token. There is no call
+of `generate`, and no text is tokenised or prefilled a second time.
 
-Two groups of two rows, and slots in the cache for one of them (columns are tokens, not to scale):
+The picture shows two groups of two rows, with a cache that has two slots. Columns are tokens, not to scale.
 
     row 0   PPPP think.. answer.. search.. ~~~~ RRRR think.. answer.. <eos>
     slot    0000 0000000000000000000000000 1111 1111 0000000000000000000000
@@ -10,20 +10,23 @@ Two groups of two rows, and slots in the cache for one of them (columns are toke
     slot    1111 1111111111111111111111111 0000000000000
     row 2                                                                   PPPP think..
 
-    P  a prompt, prefilled once for the group      p  the same, copied from row 0's slot
-    R  a result, appended as one ragged prefill    ~  waits for it; the rows that decode have the first slots
-    mask  true where the policy chose the token and learns from it
+    P  a prompt, prefilled once for the group      p  its copy, from the slot of row 0
+    R  a search result, appended by one prefill    ~  the row waits, and has left slot 0 to a row that decodes
+    mask  1 where the policy chose the token and is trained on it
 
-A row stops for one of these reasons (`Episode.stop`):
+There is no left padding: every row has its own positions in the cache, so rows of unlike lengths need none.
+Prompts and results are padded on the right inside one prefill, and a row's tokens do not depend on the batch.
 
-    eos             an end token               turns       it asked for one search more than the budget
+Every episode ends for one of these reasons (`Episode.stop`):
+
+    eos             an end token               turns       it asked for a search beyond the budget
     length          token or context budget    bad_query   an empty query, or </search> without <search>
-    search_failed   the retriever failed: the episode tells nothing of the policy, the update leaves it out
+    search_failed   the retriever failed; this says nothing about the policy, so the update leaves it out
     answer          </answer>, where the template says that it ends the episode
 
 Sampling is softmax(logits / temperature) over the tokenizer's vocabulary and nothing else: no top-k, no
-penalty, and no generation_config of a checkpoint. A row draws from a random stream of its own, keyed by
-(seed, step, row), one number a token, so what it samples depends neither on its slot nor on its batch mates.
+penalty, and no generation_config of a checkpoint. Each row has its own stream of random numbers, keyed by
+(seed, step, row), with one number for each token. So what it samples does not depend on its slot or batch.
 
     episodes = rollout(model, tokenizer, SEM, questions, group_size=8, retriever=BM25(docs))
 """
@@ -41,53 +44,31 @@ from functools import lru_cache
 import torch
 from tqdm import tqdm
 
-from data import SEM, DataError, Question, Template, encode_result, render
+from data import Episode, InputError, Question, Segment
+from prompts import Template, encode_result, render
 from retriever import RetrieverError
-from runner import Runner, SlotCache
+from runner import ModelRunner, SlotCache
 
-SERVE_EVERY = 8  # decode steps between two looks at the rows that wait; not a time, so a run can be repeated
-PREFILL_TOKENS = 16384  # padded tokens of one prefill pass: bounds its activations
-
-
-@dataclass
-class Segment:
-    kind: str  # "model": the policy wrote it; "env": a result; "retry" and "forced": see Template, `rollout`
-    ids: list[int]
-    text: str  # the ids decoded; of a model segment without the end token
-
-
-@dataclass
-class Episode:
-    """One rollout, token-exact: `ids` are the segments' ids one after the other, and nothing in them was ever
-    decoded and encoded."""
-
-    question: Question
-    prompt_ids: list[int]
-    ids: list[int] = field(default_factory=list)  # everything after the prompt
-    loss_mask: list[bool] = field(default_factory=list)  # per id: the policy chose it and is trained on it
-    logps: list[float] = field(default_factory=list)  # per id, under the sampling distribution; env text: 0.0
-    segments: list[Segment] = field(default_factory=list)
-    searches: int = 0  # searches that the environment answered
-    stop: str = ""
-    template: Template = SEM  # how it talks: whoever reads the segments needs to know
+SERVE_EVERY = (
+    8  # decode steps between two searches; a number of steps, not a time, so that runs are repeatable
+)
+PREFILL_TOKENS = 16384  # padded tokens of one prefill, which bounds the memory of its activations
 
 
 @dataclass(eq=False)
 class Row:
-    """An episode in flight."""
+    """An episode that is being sampled."""
 
     episode: Episode
-    cap: int  # tokens it may hold after the prompt, results included
-    uniforms: list[float]  # its random stream: one number for each token it samples
-    length: int = 0  # positions of the cache that are filled
-    sampled: list[int] = field(
-        default_factory=list
-    )  # the open segment; its last token is not in the cache yet
-    query: str | None = None  # what it asks, if it waits for a result
-    reply: Segment | None = None  # what it is told next, if it waits to go on
-    turns: int = 0  # results and retries so far
-    inside: bool = False  # of a result block of its own
-    uncertainty: float | None = None  # of its last query, see `Sampler.rose`
+    max_tokens: int  # tokens that it may hold after the prompt, results included
+    uniforms: list[float]  # its random stream: one number in [0, 1) for each token
+    length: int = 0  # filled positions of its cache slot
+    sampled: list[int] = field(default_factory=list)  # the open segment; its last id is not in the cache yet
+    query: str | None = None  # set while the row waits for a search result
+    reply: Segment | None = None  # set while the row waits for this segment to be appended
+    turns: int = 0  # results and reminders so far
+    in_result: bool = False  # the model is writing a result block itself
+    uncertainty: float | None = None  # of its last query, see `SearchLoop.is_less_certain`
 
     @property
     def waits(self) -> bool:
@@ -95,83 +76,65 @@ class Row:
 
 
 def rollout(
-    model,
-    tokenizer,
-    template: Template,
-    questions: list[Question],
-    *,
-    group_size: int = 1,
-    retriever=None,
-    topk: int = 3,
-    max_searches: int = 4,
-    max_completion_length: int = 1024,
-    max_doc_tokens: int = 512,
-    temperature: float = 1.0,
-    seed: int = 0,
-    step: int = 0,
-    slots: int | None = None,
-    force_search: bool = False,
-    rising: bool = False,
-    counts: dict | None = None,
-    progress: str | None = None,
-) -> list[Episode]:
+    model, tokenizer, template: Template, questions: list[Question], *,
+    group_size: int = 1, retriever=None, topk: int = 3, max_searches: int = 4,
+    max_completion_length: int = 1024, max_doc_tokens: int = 512, temperature: float = 1.0,
+    seed: int = 0, step: int = 0, slots: int | None = None, cuda_graphs: bool = True,
+    force_search: bool = False, entropy_guided: bool = False,
+    counts: dict | None = None, progress: str | None = None,
+) -> list[Episode]:  # fmt: skip
     """Samples `group_size` episodes of every question: [question 0, question 0, .., question 1, ..].
 
-    temperature 0 is greedy. `retriever.search(queries, topk)` returns a list of documents for each query, or
-    raises RetrieverError; without a retriever any search is one too many. A retriever with `simulates` true
-    gets the questions too, as a third argument; one with `remote` true is asked in a thread while the other
-    rows go on. At most `slots` rows are in flight (default: all), whole groups at a time. Where the
-    template's model writes its own results, `max_searches` of them are replaced by real ones if there is a
-    retriever (Sim2Real, arXiv 2508.10874); with `rising` only the first, and those whose query was less
-    certain than the one before. `force_search` puts a <search> behind the first answer
-    (the first thought, where the template has no draft): tokens that are not the policy's.
-    `counts`, if given, is increased by the exact numbers of prefill_tokens and decode_tokens that the model
-    was fed. Raises DataError if a prompt leaves no room in the model's context."""
+    temperature     0 is greedy.
+    retriever       `retriever.search(queries, topk)` returns a list of documents for each query, or raises
+                    RetrieverError. With the attribute `simulates` it gets the questions as a third argument;
+                    with `remote` it is called in a thread while the other rows go on. Without a retriever
+                    any search is beyond the budget.
+    max_searches    Where the model writes its own results (`template.self_search`) and there is a retriever,
+                    so many of them are replaced by real ones (Sim2Real of SSRL, arXiv 2508.10874).
+    entropy_guided  Of these, only the first, and those whose query was less certain than the one before.
+    slots           Rows in flight at once, in whole groups; default: all.
+    cuda_graphs     On a GPU, decode steps are CUDA graphs.
+    force_search    Adds <search> after the first answer, or after the first thought where the template has
+                    no draft. These tokens are not the policy's.
+    counts          A dict whose prefill_tokens and decode_tokens are increased by what the model was fed.
+
+    Raises InputError if a prompt leaves no room in the model's context."""
     prompts = [render(template, question, tokenizer) for question in questions]
-    caps = [room(model, p, q, max_completion_length) for p, q in zip(prompts, questions, strict=True)]
-    rows = [
-        Row(
-            Episode(question, prompt, template=template),
-            cap,
-            uniforms(cap, seed, step, number * group_size + member),
-        )
-        for number, (question, prompt, cap) in enumerate(zip(questions, prompts, caps, strict=True))
-        for member in range(group_size)
-    ]
+    rooms = [room(model, p, q, max_completion_length) for p, q in zip(prompts, questions, strict=True)]
+    rows = []
+    for number, (question, prompt, tokens) in enumerate(zip(questions, prompts, rooms, strict=True)):
+        for member in range(group_size):
+            uniforms = uniform_stream(tokens, seed, step, number * group_size + member)
+            rows.append(Row(Episode(question, prompt, template=template), tokens, uniforms))
     slots = min(len(rows), max(1, (slots or len(rows)) // group_size) * group_size)
-    max_len = max((len(p) + cap for p, cap in zip(prompts, caps, strict=True)), default=0)
+    max_len = max((len(p) + tokens for p, tokens in zip(prompts, rooms, strict=True)), default=0)
     cache = SlotCache(model.config, slots, max_len, model.device, model.dtype)
-    sampler = Sampler(
-        model=model,
-        tokenizer=tokenizer,
-        template=template,
-        retriever=retriever,
-        topk=topk,
-        max_searches=max_searches,
-        max_doc_tokens=max_doc_tokens,
-        force_search=force_search,
-        rising=rising,
-        cache=cache,
-        runner=Runner(model, cache, len(tokenizer), temperature, records=model.device.type == "cuda"),
-        table=[None] * slots,
+    loop = SearchLoop(
+        model=model, tokenizer=tokenizer, template=template, retriever=retriever, topk=topk,
+        max_searches=max_searches, max_doc_tokens=max_doc_tokens, force_search=force_search,
+        entropy_guided=entropy_guided, cache=cache, table=[None] * slots,
+        runner=ModelRunner(
+            model, cache, len(tokenizer), temperature, cuda_graphs and model.device.type == "cuda"
+        ),
         bar=tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False),
-    )
+    )  # fmt: skip
     was_training = model.training
     model.eval()  # no dropout while sampling
     try:
-        sampler.run(deque(rows[i : i + group_size] for i in range(0, len(rows), group_size)))
+        loop.run(deque(rows[i : i + group_size] for i in range(0, len(rows), group_size)))
     finally:
         model.train(was_training)
-        sampler.bar.close()
-    for name, count in sampler.counts.items():
+        loop.bar.close()
+    for name, count in loop.counts.items():
         if counts is not None:
             counts[name] = counts.get(name, 0) + count
     return [row.episode for row in rows]
 
 
 @dataclass
-class Sampler:
-    """One rollout at work: a table that says which row holds which slot of the cache."""
+class SearchLoop:
+    """The state of one rollout. `table` says which row has which slot of the cache."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -181,42 +144,46 @@ class Sampler:
     max_searches: int
     max_doc_tokens: int
     force_search: bool
-    rising: bool
+    entropy_guided: bool
     cache: SlotCache
-    runner: Runner
     table: list[Row | None]  # slot -> row
+    runner: ModelRunner
     bar: tqdm
     counts: dict = field(default_factory=lambda: {"prefill_tokens": 0, "decode_tokens": 0})
-    call: tuple[list[Row], Future] | None = None  # what a remote retriever is at
-    searches: int = 0  # of the rows that have ended
+    remote_call: tuple[list[Row], Future] | None = None  # the rows and the result of a search under way
+    searches: int = 0  # of the episodes that have ended
 
     def __post_init__(self):
         self.ends = end_ids(self.model, self.tokenizer)
-        self.closers = closers(self.tokenizer)
-        self.retry = self.tokenizer(self.template.retry, add_special_tokens=False).input_ids
-        self.force = self.tokenizer(f"\n<{self.template.search}>", add_special_tokens=False).input_ids
+        self.closers = closing_ids(self.tokenizer)
+        self.retry_ids = self.tokenizer(self.template.retry, add_special_tokens=False).input_ids
+        self.forced_text = f"\n<{self.template.search}>"
+        self.forced_ids = self.tokenizer(self.forced_text, add_special_tokens=False).input_ids
 
     @torch.inference_mode()
     def run(self, queue: deque[list[Row]]):
+        """Samples all groups of the queue to their ends."""
         step = 0
         while queue or any(self.table):
             self.admit(queue)
             waiting = [slot for slot, row in enumerate(self.table) if row and row.waits]
-            idle = len(waiting) == sum(row is not None for row in self.table)
-            if waiting and (step % SERVE_EVERY == 0 or idle):
-                self.serve(waiting, idle)
-            if n := self.settle():
+            all_wait = len(waiting) == sum(row is not None for row in self.table)
+            if waiting and (step % SERVE_EVERY == 0 or all_wait):
+                self.serve(waiting, all_wait)
+            if n := self.compact():
                 self.decode(self.table[:n])
             step += 1
 
+    # the stages of the loop
+
     def admit(self, queue: deque[list[Row]]):
-        """Gives free slots to whole groups of the queue. A prompt is prefilled once; the group's other slots
-        get a copy."""
-        free = [slot for slot, row in enumerate(self.table) if row is None]
-        groups = []  # (the group's slots, the prompt)
-        while queue and len(free) >= len(queue[0]):
+        """Gives free slots to whole groups of the queue. The prompt of a group is prefilled once, into one
+        slot, and copied to the others."""
+        free_slots = [slot for slot, row in enumerate(self.table) if row is None]
+        groups = []  # (slots of the group, prompt)
+        while queue and len(free_slots) >= len(queue[0]):
             group = queue.popleft()
-            slots, free = free[: len(group)], free[len(group) :]
+            slots, free_slots = free_slots[: len(group)], free_slots[len(group) :]
             for slot, row in zip(slots, group, strict=True):
                 self.table[slot] = row
             groups.append((slots, group[0].episode.prompt_ids))
@@ -228,32 +195,34 @@ class Sampler:
                     self.table[slot].length = len(prompt)
                 self.counts["prefill_tokens"] += len(prompt)
             rows = [self.table[slot] for slots, _ in part for slot in slots]
-            copies = torch.tensor([len(slots) for slots, _ in part], device=logits.device)
-            self.take(rows, *self.runner.draw(logits.repeat_interleave(copies, 0), numbers(rows)))
+            sizes = torch.tensor([len(slots) for slots, _ in part], device=logits.device)
+            self.append_tokens(
+                rows, *self.runner.draw(logits.repeat_interleave(sizes, 0), next_uniforms(rows))
+            )
 
-    def serve(self, waiting: list[int], idle: bool):
-        """One retriever call for all rows that ask; what a row is told follows its last token as one ragged
-        prefill. `idle`: no row decodes."""
-        asking = [self.table[slot] for slot in waiting if self.table[slot].query is not None]
+    def serve(self, waiting: list[int], all_wait: bool):
+        """Searches for all rows that have a query, in one call, and then appends the replies to all rows that
+        have one, as one ragged prefill. `all_wait`: no row is left to decode meanwhile."""
+        searching = [self.table[slot] for slot in waiting if self.table[slot].query is not None]
         if getattr(self.retriever, "remote", False):
-            answered = self.overlap(asking, idle and len(asking) == len(waiting))
+            results = self.search_in_thread(searching, all_wait and len(searching) == len(waiting))
         else:
-            answered = zip(asking, self.search(asking) if asking else [], strict=True)
-        for row, docs in answered:
+            results = zip(searching, self.search(searching) if searching else [], strict=True)
+        for row, docs in results:
             if docs is None:
                 self.finish(row, "search_failed")
             else:
                 ids = encode_result(docs, self.tokenizer, self.template, self.max_doc_tokens)
                 row.reply = Segment("env", ids, decode(self.tokenizer, ids))
-        told = []  # (slot, the row's last token and what it is told)
+        chunks = []  # (slot, the row's last token and its reply)
         for slot in waiting:
             if (row := self.table[slot]) is None or row.reply is None:
                 continue
             episode, reply = row.episode, row.reply
-            if len(episode.ids) + len(reply.ids) >= row.cap:
-                self.finish(row, "length")  # dropped, not cut: half a result has no closing tag
+            if len(episode.ids) + len(reply.ids) >= row.max_tokens:
+                self.finish(row, "length")  # the reply is left out as a whole; half of it has no closing tag
                 continue
-            told.append((slot, [row.sampled[-1], *reply.ids]))
+            chunks.append((slot, [row.sampled[-1], *reply.ids]))
             self.end_segment(row)
             episode.segments.append(reply)
             episode.ids += reply.ids
@@ -262,29 +231,31 @@ class Sampler:
             episode.searches += row.query is not None
             row.turns += reply.kind != "forced"
             row.query = row.reply = None
-        for part in by_tokens(told):
+        for part in by_tokens(chunks):
             self.counts["prefill_tokens"] += sum(len(chunk) - 1 for _, chunk in part)
             self.counts["decode_tokens"] += len(part)
             slots = [slot for slot, _ in part]
             rows = [self.table[slot] for slot in slots]
             logits = self.prefill(slots, [chunk for _, chunk in part])
-            self.take(rows, *self.runner.draw(logits, numbers(rows)))
+            self.append_tokens(rows, *self.runner.draw(logits, next_uniforms(rows)))
 
-    def overlap(self, asking: list[Row], wait: bool) -> Iterable:
-        """(row, documents) of the rows that a remote retriever has answered, after a `wait` if so told. It
-        works in a thread, one call at a time: who asks meanwhile is in the next one."""
-        answered = []
-        if self.call and (wait or self.call[1].done()):
-            asked, documents = self.call
-            answered, self.call = zip(asked, documents.result(), strict=True), None
-            asking = [row for row in asking if row not in asked]
-        if asking and not self.call:
-            self.call = asking, ThreadPoolExecutor(1).submit(self.search, asking)
-        return answered
+    def search_in_thread(self, searching: list[Row], wait: bool) -> Iterable:
+        """(row, documents) of the rows that a remote retriever has answered. With `wait`, waits for it first.
 
-    def settle(self) -> int:
+        The retriever works in a thread, one call at a time. Queries that come up during a call go into the
+        next one."""
+        results = []
+        if self.remote_call and (wait or self.remote_call[1].done()):
+            rows, documents = self.remote_call
+            results, self.remote_call = zip(rows, documents.result(), strict=True), None
+            searching = [row for row in searching if row not in rows]
+        if searching and not self.remote_call:
+            self.remote_call = searching, ThreadPoolExecutor(1).submit(self.search, searching)
+        return results
+
+    def compact(self) -> int:
         """Moves the rows that decode into the first slots, so that a decode step works on a view of the
-        cache. Returns how many."""
+        cache. Returns their number."""
         decoding = [row is not None and not row.waits for row in self.table]
         n = sum(decoding)
         holes = [slot for slot in range(n) if not decoding[slot]]
@@ -296,119 +267,125 @@ class Sampler:
         return n
 
     def decode(self, rows: list[Row]):
-        """One token more for the rows in the first slots."""
+        """Samples one more token for the rows in the first slots."""
         self.counts["decode_tokens"] += len(rows)
         tokens, positions = [row.sampled[-1] for row in rows], [row.length for row in rows]
-        drawn = self.runner.decode(tokens, positions, numbers(rows))
+        drawn = self.runner.decode(tokens, positions, next_uniforms(rows))
         for row in rows:
             row.length += 1
-        self.take(rows, *drawn)
+        self.append_tokens(rows, *drawn)
 
     def prefill(self, slots: list[int], chunks: list[list[int]]) -> torch.Tensor:
-        """Feeds each slot its chunk of ids, behind what its row has in the cache, and returns the last logits
-        [rows, vocab] fp32."""
+        """Feeds each slot its chunk of ids, after what the slot already holds. Returns the last logits [rows,
+        vocab] fp32."""
         rows = [self.table[slot] for slot in slots]
         logits = self.runner.prefill(slots, [row.length for row in rows], chunks)
         for row, chunk in zip(rows, chunks, strict=True):
             row.length += len(chunk)
         return logits
 
-    def take(self, rows: list[Row], tokens: torch.Tensor, logps: torch.Tensor):
-        """Gives each row its next token, and acts on it."""
+    # what happens to one row after a token
+
+    def append_tokens(self, rows: list[Row], tokens: torch.Tensor, logps: torch.Tensor):
+        """Gives each row its next token [rows], and acts on end tokens, tags and the token budget."""
         for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
             episode = row.episode
             episode.ids.append(token)
-            episode.loss_mask.append(not row.inside)
+            episode.loss_mask.append(not row.in_result)
             episode.logps.append(logp)
             row.sampled.append(token)
             if token in self.ends:
-                self.misstep(row, "eos")
+                self.end_turn(row, "eos")
             elif token in self.closers:
-                self.tag(row)
-            if not episode.stop and not row.waits and len(episode.ids) >= row.cap:
+                self.handle_tag(row)
+            if not episode.stop and not row.waits and len(episode.ids) >= row.max_tokens:
                 self.finish(row, "length")
 
-    def tag(self, row: Row):
-        """The row's last token may have completed a tag; acts on those that mean something. What the token
-        holds beyond the tag (">." is one token) stays, unread."""
+    def handle_tag(self, row: Row):
+        """The row's last token contains ">" and so may have completed a tag; acts on the tags that matter.
+
+        A token can hold more than the end of a tag: ">." is one token of Qwen2.5. It was sampled as a whole
+        and stays as a whole, and the reply follows it. Only the text before the tag is read as the query."""
         t = self.template
-        if t.own_results:
+        if t.self_search:
             self.mask_result(row)
-        if row.inside:
+        if row.in_result:
             return
-        if self.completed(row, f"</{t.search}>"):
-            self.ask(row)
-        elif t.answer_ends and self.completed(row, f"</{t.answer}>"):
+        if self.completes(row, f"</{t.search}>"):
+            self.handle_query(row)
+        elif t.answer_ends and self.completes(row, f"</{t.answer}>"):
             if f"<{t.answer}>" in decode(self.tokenizer, row.sampled):
                 self.finish(row, "answer")
             else:
-                self.misstep(row, "answer")
+                self.end_turn(row, "answer")
         elif self.force_search and not row.episode.segments:
-            if self.completed(row, f"</{t.answer if t.draft else t.think}>"):
-                row.reply = Segment("forced", self.force, f"\n<{t.search}>")
+            if self.completes(row, f"</{t.answer if t.draft else t.think}>"):
+                row.reply = Segment("forced", self.forced_ids, self.forced_text)
 
-    def completed(self, row: Row, tag: str) -> int:
-        """How many of the row's last tokens hold `tag`, if the last one completed it; else 0."""
-        tail = row.sampled[-len(tag) :]  # a token has at least one character
+    def completes(self, row: Row, tag: str) -> int:
+        """If the row's last token completed `tag`: how many tokens at the end contain it. Otherwise 0."""
+        tail = row.sampled[-len(tag) :]  # enough, because a token has at least one character
         if tag not in decode(self.tokenizer, tail):
             return 0
         n = next(n for n in range(1, len(tail) + 1) if tag in decode(self.tokenizer, tail[-n:]))
         return 0 if tag in decode(self.tokenizer, tail[-n:-1]) else n
 
     def mask_result(self, row: Row):
-        """Takes a result block that the model writes itself out of the loss: every token of which any
-        character lies in the block, tags included; a block that is never closed goes on to the end."""
-        if row.inside:
-            row.inside = not self.completed(row, f"</{self.template.result}>")
-        elif n := self.completed(row, f"<{self.template.result}>"):
-            row.inside = True
+        """Takes a result block that the model writes itself out of the loss (SSRL, arXiv 2508.10874): its
+        tags and every token with a character inside it. A block that is never closed goes on to the end."""
+        if row.in_result:
+            row.in_result = not self.completes(row, f"</{self.template.result}>")
+        elif n := self.completes(row, f"<{self.template.result}>"):
+            row.in_result = True
             row.episode.loss_mask[-n:] = [False] * n
 
-    def ask(self, row: Row):
-        """The row has just closed a search tag."""
+    def handle_query(self, row: Row):
+        """The row has just closed a search tag: reads the query, and lets the row wait for its result."""
         t = self.template
-        closed = f"</{t.search}>"
-        before = decode(self.tokenizer, row.sampled).rpartition(closed)[0]
-        _, earlier, before = before.rpartition(closed)  # a query that the model was left to answer is over
-        _, opened, query = before.rpartition(f"<{t.search}>")
+        closing = f"</{t.search}>"
+        before = decode(self.tokenizer, row.sampled).rpartition(closing)[0]
+        _, earlier, before = before.rpartition(closing)  # an earlier query was left to the model to answer
+        _, opening, query = before.rpartition(f"<{t.search}>")
         segments = row.episode.segments
-        if segments and segments[-1].kind == "forced" and not opened and not earlier:
-            opened = query = before
-        query = query.strip() if opened else ""
-        over = self.retriever is None or row.turns >= self.max_searches
-        if t.own_results and (over or not query or (self.rising and not self.rose(row))):
-            return  # the model goes on and answers itself
-        if over:
+        if segments and segments[-1].kind == "forced" and not opening and not earlier:
+            opening = query = before
+        query = query.strip() if opening else ""
+        over_budget = self.retriever is None or row.turns >= self.max_searches
+        if t.self_search and (
+            over_budget or not query or (self.entropy_guided and not self.is_less_certain(row))
+        ):
+            return  # the model goes on and writes the result itself
+        if over_budget:
             self.finish(row, "turns")
         elif not query:
-            self.misstep(row, "bad_query")
+            self.end_turn(row, "bad_query")
         else:
             row.query = query
 
-    def rose(self, row: Row) -> bool:
-        """Whether the row's query was less certain than the one before, or is the first (SSRL's
-        entropy-guided search).
+    def is_less_certain(self, row: Row) -> bool:
+        """Whether the row's query is its first, or less certain than the one before (entropy-guided search of
+        SSRL, arXiv 2508.10874).
 
-        Uncertainty is the mean of -p log2 p over the tokens of the query and its tags, p the probability of
-        the sampled token."""
-        opened, n = f"<{self.template.search}>", 1  # a forced one is not among what was sampled
-        while n < len(row.sampled) and opened not in decode(self.tokenizer, row.sampled[-n:]):
+        Uncertainty is the mean of -p log2 p over the tokens of the query and its tags, where p is the
+        probability of the sampled token."""
+        opening, n = f"<{self.template.search}>", 1  # a forced opening tag is not among the sampled ids
+        while n < len(row.sampled) and opening not in decode(self.tokenizer, row.sampled[-n:]):
             n += 1
         bits = [-math.exp(logp) * logp / math.log(2) for logp in row.episode.logps[-n:]]
         before, row.uncertainty = row.uncertainty, sum(bits) / n
         return before is None or row.uncertainty > before
 
-    def misstep(self, row: Row, stop: str):
-        """A turn without a query and without an answer: the template says what the row is told, if
-        anything."""
-        if self.retry and row.turns < self.max_searches:
-            row.reply = Segment("retry", self.retry, self.template.retry)
+    def end_turn(self, row: Row, stop: str):
+        """Ends a turn without a query: with the template's reminder if it has one and the budget allows a
+        further turn, otherwise by ending the episode for the reason `stop`."""
+        if self.retry_ids and row.turns < self.max_searches:
+            row.reply = Segment("retry", self.retry_ids, self.template.retry)
         else:
             self.finish(row, stop)
 
     def search(self, rows: list[Row]) -> list:
-        """Documents for each row's query, in one call. If it fails: None for each; these episodes end, the
-        run goes on."""
+        """The documents for each row's query, in one call. If it fails, None for each: their episodes end,
+        and the run goes on."""
         queries, simulates = [row.query for row in rows], getattr(self.retriever, "simulates", False)
         questions = [[row.episode.question for row in rows]] if simulates else []
         try:
@@ -421,11 +398,13 @@ class Sampler:
             return [None] * len(queries)
 
     def end_segment(self, row: Row):
-        said = row.sampled[:-1] if row.sampled[-1] in self.ends else row.sampled
-        row.episode.segments.append(Segment("model", row.sampled, decode(self.tokenizer, said)))
+        """Turns the sampled ids into a segment; the end token is among its ids, but not in its text."""
+        text_ids = row.sampled[:-1] if row.sampled[-1] in self.ends else row.sampled
+        row.episode.segments.append(Segment("model", row.sampled, decode(self.tokenizer, text_ids)))
         row.sampled = []
 
     def finish(self, row: Row, stop: str):
+        """Ends the row's episode and frees its slot."""
         self.end_segment(row)
         row.episode.stop = stop
         self.table[self.table.index(row)] = None
@@ -436,13 +415,13 @@ class Sampler:
         self.bar.update()
 
 
-def numbers(rows: list[Row]) -> list[float]:
-    """The random number of each row's next token."""
+def next_uniforms(rows: list[Row]) -> list[float]:
+    """The random number for each row's next token."""
     return [row.uniforms[len(row.episode.ids)] for row in rows]
 
 
-def uniforms(n: int, seed: int, step: int, row: int) -> list[float]:
-    """The random stream of one row: `n` numbers in [0, 1), the same whatever else is in the batch."""
+def uniform_stream(n: int, seed: int, step: int, row: int) -> list[float]:
+    """The random stream of one row: `n` numbers in [0, 1), whatever else is in the batch."""
     key = int.from_bytes(hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=7).digest(), "big")
     return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(key)).tolist()
 
@@ -452,8 +431,8 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 
 def by_tokens(items: list[tuple], budget: int = PREFILL_TOKENS) -> list[list[tuple]]:
-    """Cuts [(.., ids), ..] into parts of at most `budget` padded tokens (one item at least), short ones
-    first: little padding."""
+    """Cuts [(.., ids), ..] into parts of at most `budget` padded tokens, and at least one item. Short items
+    come first, so that items of like lengths share a part and little is padding."""
     parts: list[list[tuple]] = []
     for item in sorted(items, key=lambda item: len(item[1])):
         if parts and (len(parts[-1]) + 1) * len(item[1]) <= budget:
@@ -464,28 +443,28 @@ def by_tokens(items: list[tuple], budget: int = PREFILL_TOKENS) -> list[list[tup
 
 
 @lru_cache(maxsize=8)
-def closers(tokenizer) -> frozenset[int]:
-    """Ids of the tokens whose text holds ">": only these can complete a tag, so only after these is anything
-    decoded."""
+def closing_ids(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that contain ">". Only these can complete a tag, so that nothing has to be decoded
+    after any other token."""
     return frozenset(i for token, i in tokenizer.get_vocab().items() if ">" in token)
 
 
 def end_ids(model, tokenizer) -> set[int]:
-    """Every id that ends a turn: the tokenizer's and the checkpoint's own (chat models often have two)."""
-    own = [
+    """All ids that end a turn: the tokenizer's and the checkpoint's, since chat models often have two."""
+    ends = [
         tokenizer.eos_token_id,
         getattr(model.config.get_text_config(), "eos_token_id", None),
         getattr(model.generation_config, "eos_token_id", None),
     ]
-    return {i for ids in own if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
+    return {i for ids in ends if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
 
 
 def room(model, prompt: list[int], question: Question, max_completion_length: int) -> int:
-    """Tokens that fit behind a prompt: the budget, or what the model's context leaves."""
+    """How many tokens fit after a prompt: the budget, or what is left of the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if len(prompt) >= context:
         where = f"question {question.id} of {question.source}"
-        raise DataError(
+        raise InputError(
             f"the prompt of {where} has {len(prompt)} tokens, the model's context holds {context}"
         )
     return min(max_completion_length, context - len(prompt))

@@ -42,7 +42,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config import fail, parse
-from data import DIRECT, DataError, Doc, Question, Template, encode_result, render
+from data import Doc, InputError, Question
+from prompts import DIRECT, Template, encode_result, render
 from reward import METHODS
 
 HOMES = "oslo lima cairo quito delhi paris tokyo rome accra seoul minsk tunis".split()
@@ -335,19 +336,19 @@ def build(config: Config) -> Path:
     left as it is."""
     out = Path(config.output_dir)
     if config.method not in METHODS:
-        raise DataError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
+        raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     for name in ("steps", "batch_size", "layers"):
         if getattr(config, name) < 1:
-            raise DataError(f"--{name} {getattr(config, name)}: must be at least 1")
+            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
     if config.hidden_size < 8 or config.hidden_size % 8:
-        raise DataError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
+        raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
     talks = asdict(METHODS[config.method].template)  # another wording is another base model
     settings = json.dumps({**asdict(config), "output_dir": "", "template": talks}, indent=1)
     stamp = out / "world.json"  # written last: where it stands, the rest is complete
     if stamp.exists() and stamp.read_text() == settings:
         return out
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
-        raise DataError(f"{out} holds something that is no toy world; it is left as it is")
+        raise InputError(f"{out} holds something that is no toy world; it is left as it is")
     out.parent.mkdir(parents=True, exist_ok=True)
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
@@ -359,7 +360,7 @@ def build(config: Config) -> Path:
         if recall >= RECALL and reading >= READING:
             break
     else:
-        raise DataError(f"the toy base model needs more than 3 x {config.steps} steps")
+        raise InputError(f"the toy base model needs more than 3 x {config.steps} steps")
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # two programs may build it at once
     shutil.rmtree(temporary, ignore_errors=True)
     for name, questions in splits(world).items():
@@ -388,5 +389,5 @@ if __name__ == "__main__":
     config, _ = parse(Config, "toy.py")
     try:
         print(f"the toy world is in {build(config)}")
-    except (DataError, OSError) as error:
+    except (InputError, OSError) as error:
         fail("toy.py", error)

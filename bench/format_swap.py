@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import fail, parse
-from data import DataError, Question, load
+from data import InputError, Question, load
 from reward import normalise
 from toy import write_jsonl
 
@@ -65,7 +65,7 @@ def with_options(questions: list[Question], seed: int) -> list[dict]:
         rng, golds = random.Random(f"{seed} {q.id}"), {normalise(gold) for gold in q.answers}
         wrong = [answer for plain, answer in pool.items() if plain not in golds]
         if len(wrong) < 3:
-            raise DataError(f"{len(wrong)} answers of other questions are too few for four options")
+            raise InputError(f"{len(wrong)} answers of other questions are too few for four options")
         choices = rng.sample([q.answers[0], *rng.sample(wrong, 3)], 4)
         letter = chr(65 + choices.index(q.answers[0]))
         rows.append({"id": q.id, "question": q.text, "golden_answers": [letter], "choices": choices})
@@ -75,7 +75,7 @@ def with_options(questions: list[Question], seed: int) -> list[dict]:
 def main(config: Config):
     mmlu, hotpotqa = load(config.mmlu, "test"), load(config.hotpotqa, "test")
     if not all(q.choices for q in mmlu) or any(q.choices for q in hotpotqa):
-        raise DataError("--mmlu must have options, and --hotpotqa must have none")
+        raise InputError("--mmlu must have options, and --hotpotqa must have none")
     tables = {"mmlu_open": opened(mmlu), "hotpotqa_choice": with_options(hotpotqa, config.seed)}
     for (name, rows), questions in zip(tables.items(), (mmlu, hotpotqa), strict=True):
         write_jsonl(Path(config.output_dir) / f"{name}.jsonl", rows)
@@ -86,5 +86,5 @@ if __name__ == "__main__":
     config, _ = parse(Config, "bench/format_swap.py")
     try:
         main(config)
-    except (DataError, OSError) as error:
+    except (InputError, OSError) as error:
         fail("bench/format_swap.py", error)

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import data
 from data import (
     SEM,
-    DataError,
+    InputError,
     Doc,
     Question,
     encode_foreign,
@@ -94,8 +94,8 @@ def write_csv(path, *rows):
 
 
 def mistake(*arguments, function=load):
-    """The message of the DataError, which is one line."""
-    with pytest.raises(DataError) as caught:
+    """The message of the InputError, which is one line."""
+    with pytest.raises(InputError) as caught:
         function(*arguments)
     assert str(caught.value).splitlines() == [str(caught.value)]
     return str(caught.value)
@@ -353,7 +353,7 @@ def test_any_content_gives_questions_or_one_line(folder, file, content, name):
     for function, kind in (load, Question), (paragraphs, Doc):
         try:
             out = function(spec)
-        except DataError as e:
+        except InputError as e:
             assert str(e).splitlines() == [str(e)] and str(path) in str(e)
         else:
             assert all(isinstance(x, kind) for x in out)
@@ -475,7 +475,7 @@ def test_hub_out_of_reach(monkeypatch, error):
 
 def test_hub_offline(tmp_path):
     """HF_HUB_OFFLINE is read when huggingface_hub is imported, hence another process."""
-    code = "import data\ntry: data.load('bamboogle', 'test')\nexcept data.DataError as e: print(e)"
+    code = "import data\ntry: data.load('bamboogle', 'test')\nexcept data.InputError as e: print(e)"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = Path(__file__).parent.parent
     out = subprocess.run(

@@ -33,7 +33,7 @@ from transformers import (
 import evaluate
 import rollout
 import runner
-from data import DIRECT, SEM, DataError, Doc, Question, load
+from data import DIRECT, SEM, InputError, Doc, Question, load
 from evaluate import Record, bootstrap, measure, report, summary, wilson
 from retriever import RetrieverError
 
@@ -805,7 +805,7 @@ def test_bad_input(case, world, tmp_path, capsys, monkeypatch):
 
 
 def test_an_empty_output():
-    with pytest.raises(DataError, match="--output is needed"):
+    with pytest.raises(InputError, match="--output is needed"):
         evaluate.check(evaluate.Config(model="m", data="d", output=""))
 
 
@@ -823,7 +823,7 @@ def test_the_budget_of_the_run(tmp_path):
 def test_a_broken_run_json(world, tmp_path):
     for text in ("{", "[]"):
         (tmp_path / "model" / "run.json").write_text(text)
-        with pytest.raises(DataError, match=r"run\.json"):
+        with pytest.raises(InputError, match=r"run\.json"):
             run(world)
 
 

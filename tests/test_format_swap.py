@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, load
+from data import InputError, load
 from evaluate import load_sets
 from reward import exact_match, letter
 
@@ -77,12 +77,12 @@ def test_hotpotqa_with_options(written):
 
 
 def test_too_few_answers(written):
-    with pytest.raises(DataError, match="too few"):
+    with pytest.raises(InputError, match="too few"):
         written(hotpot=HOTPOT[:4])
 
 
 def test_sets_of_the_wrong_kind(tmp_path):
-    with pytest.raises(DataError, match="--mmlu"):
+    with pytest.raises(InputError, match="--mmlu"):
         rows = [{"id": "1", "question": "Who?", "golden_answers": ["x"]}]
         format_swap.write_jsonl(tmp_path / "x.jsonl", rows)
         format_swap.main(

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import config as config_module
 import grpo
 import kernels
-from data import DataError, Question
+from data import InputError, Question
 from retriever import BM25, Remote
 from reward import METHODS
 from rollout import Episode, Segment
@@ -390,7 +390,7 @@ def test_a_retriever_that_dies_stops_the_run(world, monkeypatch, failed, answere
 
     monkeypatch.setattr(grpo, "train_step", step)
     if stops:
-        with pytest.raises(DataError, match="most searches failed"):
+        with pytest.raises(InputError, match="most searches failed"):
             run_main(world | {"max_steps": "8"})
         assert len(list(steps)) == 3  # the third step with a search was the fifth
     else:
@@ -426,14 +426,14 @@ def damage_weights(folder):
 def test_a_damaged_checkpoint_is_named(world, lively, damage):
     assert run_main(world | {"max_steps": "2"}) == 0
     damage(Path(world["output_dir"]) / "checkpoint-2")
-    with pytest.raises(DataError, match=r"--resume:? .*checkpoint-2") as error:
+    with pytest.raises(InputError, match=r"--resume:? .*checkpoint-2") as error:
         run_main({"output_dir": world["output_dir"], "max_steps": "3"}, "--resume")
     assert "\n" not in str(error.value)
 
 
 def test_a_run_is_not_resumed_to_an_earlier_step(world, lively):
     assert run_main(world | {"max_steps": "2"}) == 0
-    with pytest.raises(DataError, match=r"--max_steps 1: .* is at step 2 already"):
+    with pytest.raises(InputError, match=r"--max_steps 1: .* is at step 2 already"):
         run_main({"output_dir": world["output_dir"], "max_steps": "1"}, "--resume")
     assert json.loads((Path(world["output_dir"]) / "run.json").read_text())["max_steps"] == 2
 
@@ -441,7 +441,7 @@ def test_a_run_is_not_resumed_to_an_earlier_step(world, lively):
 def test_the_start_model_is_not_overwritten(world, lively, tmp_path):
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     for place in (world["model"], f"{tmp_path}/other/../model"):
-        with pytest.raises(DataError, match="that is --model"):
+        with pytest.raises(InputError, match="that is --model"):
             run_main(world | {"output_dir": place})
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
@@ -586,7 +586,7 @@ def test_bad_input(case, world, tmp_path, capsys, monkeypatch):
     if damage:
         damage(world, tmp_path)
     resume = ["--resume"] if "resume" in change else []
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         run_main(world | {k: v for k, v in change.items() if v is not None}, *resume)
     message = str(error.value)
     assert named in message and "\n" not in message
@@ -597,16 +597,16 @@ def test_bad_input(case, world, tmp_path, capsys, monkeypatch):
 
 def test_no_room_on_the_disk_is_said_at_the_start(world, monkeypatch):
     monkeypatch.setattr(grpo.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
-    with pytest.raises(DataError, match="GB are free"):
+    with pytest.raises(InputError, match="GB are free"):
         run_main(world)
     assert not Path(world["output_dir"]).exists()
 
 
 def test_a_second_run_into_the_same_folder_is_refused(world, lively):
     assert run_main(world | {"max_steps": "1"}) == 0
-    with pytest.raises(DataError, match="holds a run"):
+    with pytest.raises(InputError, match="holds a run"):
         run_main(world | {"max_steps": "1"})
-    with pytest.raises(DataError, match="--learning_rate"):
+    with pytest.raises(InputError, match="--learning_rate"):
         run_main({"output_dir": world["output_dir"], "learning_rate": "1"}, "--resume")
 
 
@@ -628,7 +628,7 @@ def test_settings_that_are_none(world):
     out.mkdir()
     for text in ("{", '{"modle": 1}'):
         (out / "run.json").write_text(text)
-        with pytest.raises(DataError, match=r"run\.json"):
+        with pytest.raises(InputError, match=r"run\.json"):
             run_main({"output_dir": world["output_dir"]}, "--resume")
 
 
@@ -639,7 +639,7 @@ def test_transcripts_show_every_source(world, lively):
 
 
 def test_a_retriever_that_is_down_is_said_at_the_start(world):
-    with pytest.raises(DataError, match="--retriever"):
+    with pytest.raises(InputError, match="--retriever"):
         run_main(world, "--retriever", "http://127.0.0.1:9")
 
 
@@ -724,7 +724,7 @@ def test_resume_keeps_the_method(world, sampled):
     assert run_main(flags) == 0
     again = {"output_dir": world["output_dir"], "max_steps": "2"}
     for flag, value in (("method", "sem"), ("reward", "flat")):
-        with pytest.raises(DataError, match=f"--resume: --{flag} is "):
+        with pytest.raises(InputError, match=f"--resume: --{flag} is "):
             run_main(again | {flag: value}, "--resume")
     assert run_main(again, "--resume") == 0
     stored = json.loads((Path(world["output_dir"]) / "run.json").read_text())

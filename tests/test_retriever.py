@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
 import retriever
-from data import DataError, Doc
+from data import InputError, Doc
 from retriever import BM25, Handler, Remote, RetrieverError, Server, load_corpus, tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ corpora = st.lists(st.tuples(texts, texts), min_size=1, max_size=12)
 def test_scores_are_rank_bm25s_and_the_top_is_a_sort(corpus, query, k, idf):
     docs = [Doc(str(i), title, text) for i, (title, text) in enumerate(corpus)]
     if not any(tokenize(title + " " + text) for title, text in corpus):
-        with pytest.raises(DataError):
+        with pytest.raises(InputError):
             BM25(docs, idf)
         return
     bm25 = BM25(docs, idf)
@@ -174,7 +174,7 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match="1 or more"):
             bm25.search(["poland"], k)
     for docs, idf in (([], "plus1"), ([Doc("1", "", "...")], "plus1"), (DOCS, "tfidf")):
-        with pytest.raises(DataError):
+        with pytest.raises(InputError):
             BM25(docs, idf)
 
 
@@ -224,7 +224,7 @@ def test_load_corpus(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, reason):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"id": "0", "contents": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         load_corpus(path)
     message = str(error.value)
     assert f"{path}, line 3: " in message and reason in message and "\n" not in message
@@ -233,7 +233,7 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
 def test_no_corpus(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     for path, reason in {"missing.jsonl": "No such", "empty.jsonl": "no document", ".": "directory"}.items():
-        with pytest.raises(DataError, match=reason) as error:
+        with pytest.raises(InputError, match=reason) as error:
             load_corpus(tmp_path / path)
         assert str(tmp_path / path) in str(error.value)
 
@@ -460,7 +460,7 @@ def test_client_refuses_a_redirect(status):
     ],
 )
 def test_client_refuses_an_address(url):
-    with pytest.raises(DataError, match="http"):
+    with pytest.raises(InputError, match="http"):
         Remote(url)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import rollout as module
 import runner
-from data import RESEARCH, SEARCH_R1, SEM, SSRL, DataError, Doc, Question, encode_result, render
+from data import RESEARCH, SEARCH_R1, SEM, SSRL, InputError, Doc, Question, encode_result, render
 from model import load_model, probe
 from retriever import BM25, RetrieverError
 from reward import parse_episode, ssrl
@@ -549,7 +549,7 @@ def test_the_models_context_ends_an_episode(script, shape):
     assert [e.stop for e in episodes] == ["length"] * 2
     assert [len(p) + len(e.ids) for p, e in zip(prompts, episodes, strict=True)] == [len(prompts[1]) + 6] * 2
     model.config.max_position_embeddings = len(prompts[1])
-    with pytest.raises(DataError, match=r"^the prompt of question 1 of towers has \d+ tokens, .* \d+$"):
+    with pytest.raises(InputError, match=r"^the prompt of question 1 of towers has \d+ tokens, .* \d+$"):
         rollout(model, words(), SEM, asked)
 
 
@@ -783,7 +783,7 @@ def bytes_in_blocks(tokenizer, row):
 
 
 @pytest.mark.parametrize("name", ["pieces", "qwen2.5"])
-def test_the_models_own_results_are_out_of_the_loss_to_the_token(script, monkeypatch, name):
+def test_the_models_self_search_are_out_of_the_loss_to_the_token(script, monkeypatch, name):
     """Every token of which any byte lies in a block, tags included, and no other; however it is cut."""
     tokenizer, rng = tokenizer_named(name), random.Random(0)
     rows = [tokenizer(text, add_special_tokens=False).input_ids for text in SELF]
@@ -1017,7 +1017,7 @@ def test_what_a_forced_search_can_meet(script, method):
     script(rows[:1], tokenizer.eos_token_id, score=False)
     [alone] = rollout(model, tokenizer, template, questions(1), **options)
     assert kinds(alone) == ["model", "forced", "model"] and alone.searches == 0
-    assert alone.stop == ("eos" if template.own_results else "turns")
+    assert alone.stop == ("eos" if template.self_search else "turns")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1282,7 +1282,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_probe_refuses_what_would_be_sampled_or_scored_wrong(case):
     make, reason = REFUSED[case]
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         probe(make(), words(), 64)
     assert case.split()[0] in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
 
@@ -1383,7 +1383,7 @@ def test_a_loaded_model_has_no_dropout(folder):
 def test_a_broken_model_directory_is_one_line(folder, case):
     spoil, reason = BROKEN[case]
     spoil(folder)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         load_model(str(folder), "cpu")
     said = str(error.value)
     assert said.startswith(f"--model {folder}: ") and reason in said
@@ -1394,6 +1394,6 @@ def test_a_broken_model_directory_is_one_line(folder, case):
     "name", ["/nowhere/model", "./nowhere/near/model", "nowhere/model", "", "rollout.py"]
 )
 def test_a_model_that_is_not_there_is_one_line(name):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         load_model(name, "cpu")
     assert str(error.value).startswith(f"--model {name}: ") and "\n" not in str(error.value)

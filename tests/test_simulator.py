@@ -156,9 +156,9 @@ def test_any_text_gives_documents(text, k):
     assert all(doc.text and doc.text == doc.text.strip() and doc.text in text for doc in found)
 
 
-def test_the_answer_in_words():
-    assert Question("1", "?", ["Oslo", "Christiania"], "x").in_words() == ["Oslo", "Christiania"]
-    assert Question("1", "?", ["B"], "x", ["Oslo", "Lima"]).in_words() == ["Lima"]
+def test_the_answer_answer_texts():
+    assert Question("1", "?", ["Oslo", "Christiania"], "x").answer_texts() == ["Oslo", "Christiania"]
+    assert Question("1", "?", ["B"], "x", ["Oslo", "Lima"]).answer_texts() == ["Lima"]
 
 
 # ------------------------------------------------------------------------------------------------------------

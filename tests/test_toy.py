@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import toy
-from data import COT, DIRECT, RAG, DataError, Question, Template
+from data import COT, DIRECT, RAG, InputError, Question, Template
 from reward import METHODS, exact_match, parse_episode
 from rollout import Episode, Segment, decode
 
@@ -41,7 +41,7 @@ def episode(text: str, method: str, question: Question) -> Episode:
     assert text.endswith(" <eos>")
     text = text.removesuffix(" <eos>")
     parts = [text]
-    if not template.own_results:
+    if not template.self_search:
         parts = re.split(rf"( <{template.result}> .*? </{template.result}>)", text)
     segments = [Segment("env" if i % 2 else "model", [], part) for i, part in enumerate(parts)]
     stop = "answer" if template.answer_ends else "eos"
@@ -159,7 +159,7 @@ def test_a_result_tells_no_fact_twice():
 )
 def test_no_world_of_bad_settings(tmp_path, change):
     [(name, value)] = change.items()
-    with pytest.raises(DataError, match=f"--{name} {value}: must be"):
+    with pytest.raises(InputError, match=f"--{name} {value}: must be"):
         toy.build(toy.Config(output_dir=str(tmp_path / "world"), **change))
     assert not list(tmp_path.iterdir())
 
@@ -171,7 +171,7 @@ def test_what_is_no_toy_world_is_left_alone(monkeypatch, tmp_path):
     weights.write_text("a night's work")
     (tmp_path / "out" / "world.json").write_text("{}")  # even there
     for place in (tmp_path / "out", weights):
-        with pytest.raises(DataError, match="holds something that is no toy world"):
+        with pytest.raises(InputError, match="holds something that is no toy world"):
             toy.build(toy.Config(output_dir=str(place)))
     assert weights.read_text() == "a night's work" and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -201,7 +201,7 @@ def test_a_base_model_that_can_not_read_is_trained_on(monkeypatch, tmp_path, cap
     monkeypatch.setattr(toy, "exam", lambda *args: (1.0, next(marks)))
     config = toy.Config(output_dir=str(tmp_path / "world"))
     if readings[-1] < toy.READING:
-        with pytest.raises(DataError, match="more than 3 x 800 steps"):
+        with pytest.raises(InputError, match="more than 3 x 800 steps"):
             toy.build(config)
         assert not list(tmp_path.iterdir())
     else:

@@ -1,0 +1,472 @@
+"""A run and its directory: what it is made of, its checkpoints and logs, and what a signal does to it.
+
+    config = resolve(config, given)    # adds what the command line leaves open: a stored run or the toy world
+    run = Run(config)                  # loads data sets, retriever and models
+    run.start()                        # writes run.json, loads a checkpoint, evaluates the start model
+    run.record(...)                    # after every step, by grpo.train_step
+    run.save_checkpoint()              # every save_steps steps, by grpo.train
+    run.finish()                       # writes the final weights, evaluates them, prints the table
+
+The directory (--output_dir) holds
+
+    run.json             all settings, those derived from free memory included
+    metrics.jsonl        one object for each step
+    transcripts.jsonl    some whole episodes of each step
+    checkpoint-N/        a Hugging Face directory with optimizer.safetensors and trainer_state.json
+    eval.json            the evaluation before and after training
+    *.safetensors, ...   the final weights: the directory itself is a Hugging Face directory
+
+Resuming is exact on a CPU: N steps give the same weights and metrics, bit for bit, as k steps, a stop, and
+the other N - k steps. This rests on four things. The questions and the random numbers of a step are functions
+of (seed, step). A checkpoint holds the fp32 weights and the whole state of AdamW. The reference is loaded
+from the start model, never from a checkpoint. And sizes that are derived from free memory are derived once
+and stored. Resuming is not exact on a GPU, which adds in no fixed order; with a remote retriever, whose
+answers come at no fixed time; or with another --rollout_slots or --micro_batch_tokens than before, since
+these change how sums are rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import toy
+from config import TOY, Config, check, check_writable
+from data import Episode, InputError, load_sets
+from evaluate import evaluate
+from measures import markdown, summary
+from model import load_model, probe, refuse_thinking
+from prompts import render
+from retriever import open_retriever
+from reward import METHODS, REWARDS, dialect
+from runner import kv_bytes
+from simulator import CorpusSimulator, ModelSimulator
+
+# ------------------------------------------------------------------------------------------------------------
+# signals
+
+
+class Signals:
+    """What SIGINT and SIGTERM do during training; a context manager that installs the handlers.
+
+    The first signal stops the run when nothing is half done. Before the weights move it raises
+    KeyboardInterrupt at once: the step under way is dropped, because a step of a large model takes minutes,
+    and schedulers wait 30 seconds. From `hold` to `release`, that is from the first change of the weights
+    until the step is recorded, it waits. A second signal ends the program at once. Only the writing of a
+    checkpoint is always finished first."""
+
+    installed: Signals | None = None
+
+    def __init__(self):
+        self.received, self.held, self.writing = 0, False, False
+
+    def __enter__(self):
+        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        Signals.installed = self
+        return self
+
+    def __exit__(self, *error):
+        Signals.installed = None
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        self.received += 1
+        if self.writing:
+            return
+        if self.received > 1:
+            os._exit(130)
+        if not self.held:
+            raise KeyboardInterrupt
+
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
+        if self.received:
+            raise KeyboardInterrupt
+
+
+def hold_signals():
+    """Lets a first signal wait until the step is recorded. Does nothing outside of training, so that `update`
+    can be called from anywhere."""
+    if Signals.installed:
+        Signals.installed.hold()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from the command line to the settings of a run
+
+
+def resolve(config: Config, given: set[str]) -> Config:
+    """Adds what the command line leaves open: the settings of the run that --resume continues, or the toy
+    world, which is built if need be. `given` are the flags of the command line. Raises InputError."""
+    toy_run = not config.model
+    if toy_run and "output_dir" not in given:
+        name = "" if config.method == "sem" else f"-{config.method}"
+        config = replace(config, output_dir=TOY["output_dir"] + name)
+    out = Path(config.output_dir)
+    if config.resume:
+        return resume_config(config, given, out)
+    if toy_run:
+        defaults = TOY | {"output_dir": config.output_dir}
+        config = replace(config, **{name: value for name, value in defaults.items() if name not in given})
+    if config.bf16 is None:
+        config = replace(config, bf16=torch.cuda.is_available())
+    if (out / "run.json").exists():
+        raise InputError(f"{out} holds a run: --resume continues it, another --output_dir starts one")
+    check_writable(out, "--output_dir")
+    if config.model and out.resolve() == Path(config.model).resolve():
+        raise InputError(f"--output_dir {out}: that is --model, which would be overwritten")
+    check(config)
+    return with_toy_world(config) if toy_run else config
+
+
+def resume_config(config: Config, given: set[str], out: Path) -> Config:
+    """The stored settings, with the flags of the command line that may change in the middle of a run."""
+    stored = out / "run.json"
+    if not stored.exists():
+        raise InputError(f"--resume: there is no run in {out} ({stored} is missing)")
+    try:
+        before = Config(**json.loads(stored.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--resume: {stored} is not the settings of a run: {error}") from error
+    changeable = {"resume", "output_dir", "max_steps", "save_steps", "save_total_limit", "log_completions"}
+    changeable |= {
+        "retriever",
+        "rollout_slots",
+        "micro_batch_tokens",
+        "gradient_checkpointing",
+        "cuda_graphs",
+    }
+    if before.method in METHODS and METHODS[before.method].simulated:
+        changeable -= {"max_steps"}  # the share of noise depends on it
+    if wrong := [n for n in sorted(given - changeable) if getattr(config, n) != getattr(before, n)]:
+        value = getattr(before, wrong[0])
+        raise InputError(f"--resume: --{wrong[0]} is {value} in {stored} and cannot be changed")
+    try:
+        config = check(replace(before, **{name: getattr(config, name) for name in given}))
+    except TypeError as error:
+        raise InputError(f"--resume: {stored}: a value has the wrong type: {error}") from error
+    done = max((int(path.name[11:]) for path in checkpoints(out)), default=0)
+    if "max_steps" in given and config.max_steps < done:
+        raise InputError(f"--max_steps {config.max_steps}: {out} is at step {done} already")
+    return config
+
+
+def with_toy_world(config: Config) -> Config:
+    """Builds the toy world of the method's dialect, unless it is there, and points the settings to it."""
+    torch.set_num_threads(1)  # as in Run.resolve_sizes
+    method = dialect(config.method)
+    folder = "out/toy-world" + ("" if method == "sem" else f"-{method}") + f"-{config.seed}"
+    world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=method))
+    return replace(
+        config,
+        model=str(world / "model"),
+        train=",".join(f"{world}/train/{name}.jsonl" for name in config.train.split(",")),
+        eval=",".join(f"{world}/test/{name}.jsonl" for name in filter(None, config.eval.split(","))),
+        corpus=config.corpus or str(world / "corpus.jsonl"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a run
+
+
+class Run:
+    """Everything that a run holds. Training changes only the weights, the optimizer's state and `step`, the
+    number of finished steps."""
+
+    def __init__(self, config: Config):
+        self.config, self.step, self.progress = config, 0, sys.stderr.isatty()
+        self.method = METHODS[config.method]
+        self.reward = REWARDS[config.reward] if config.reward else self.method.reward
+        self.out, self.tables = Path(config.output_dir), {}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self.sources = load_sets(config.train, "train")
+        self.eval_sets = load_sets(config.eval, "test", config.eval_size)
+        self.open_retrievers(device, dtype)
+        self.model, self.tokenizer = load_model(config.model, device)
+        longest = self.check_prompts()
+        probe(self.model, self.tokenizer, longest + config.max_completion_length)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.reference = load_model(config.model, device, dtype)[0].eval() if config.beta else None
+        # Sampling reads all weights for every token, so on a GPU it reads a bf16 copy.
+        self.sampling_model = load_model(config.model, device, dtype)[0].eval() if config.bf16 else self.model
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]  # norms and biases are not decayed
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            fused=True,
+        )
+        self.resolve_sizes(device, longest)
+
+    def open_retrievers(self, device: str, dtype: torch.dtype):
+        """Opens the retrievers of the evaluation and of the training. They differ in ZeroSearch alone, which
+        trains with a simulator. SSRL needs none."""
+        config = self.config
+        self.eval_retriever = None
+        without_corpus = config.simulator and not config.eval  # a simulator needs no corpus to train with
+        if not (self.method.template.self_search or without_corpus):
+            self.eval_retriever = open_retriever(config, {"train": config.train, "test": config.eval})
+        self.train_retriever = self.eval_retriever
+        if config.simulator:
+            simulator, tokenizer = load_model(config.simulator, device, dtype, "--simulator")
+            probe(simulator, tokenizer, 1024)  # roughly its prompt and the 600 tokens that it writes
+            self.train_retriever = ModelSimulator(simulator, tokenizer, config.seed)
+        elif self.method.simulated:
+            self.train_retriever = CorpusSimulator(self.eval_retriever, config.seed)
+
+    def check_prompts(self) -> int:
+        """Raises InputError for a prompt that does not fit the context, before anything is trained. Returns
+        the number of tokens of a longest prompt, roughly.
+
+        A text has at most as many tokens as bytes, so only long texts have to be tokenised."""
+        template, context = self.method.template, self.model.config.get_text_config()
+        context = getattr(context, "max_position_embeddings", None) or 1 << 30
+        questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
+        longest = max(questions, key=lambda q: len(q.text) + sum(map(len, q.choices or [])))
+        empty = len(render(template, replace(longest, text="", choices=None), self.tokenizer))
+        for q in questions:
+            size = empty + len("".join([q.text, *(q.choices or [])]).encode()) + 8 * len(q.choices or [])
+            if size >= context and (n := len(render(template, q, self.tokenizer))) >= context:
+                why = f"has {n} tokens; the context of --model holds {context}"
+                raise InputError(f"the prompt of {q.id} ({q.source}) {why}")
+        prompt = render(template, longest, self.tokenizer)
+        refuse_thinking(self.tokenizer, prompt)
+        return len(prompt)
+
+    def resolve_sizes(self, device: str, longest: int):
+        """Fills in the sizes that depend on free memory, once: a resumed run finds them in run.json. Raises
+        InputError if the model and one group of episodes do not fit the GPU."""
+        c, text = self.config, self.model.config.get_text_config()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        length = longest + c.max_completion_length
+        most_tokens, memory = 1 << 11, 1 << 33  # on a CPU small passes are faster: they stay in its cache
+        if device == "cuda":
+            # what is still to come: gradients, AdamW's moments, autocast's bf16 weights, a chunk of logits
+            reserved = (14 if c.bf16 else 12) * parameters + (2 << 30)
+            most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
+        elif parameters < 1e7:
+            # a second thread saves a third of the time on a quiet machine, and multiplies it on a busy one
+            torch.set_num_threads(1)
+        # rough estimates in bytes: the activations of a token, the cache of a row
+        token = text.num_hidden_layers * text.hidden_size * (4 if c.gradient_checkpointing else 80)
+        row = length * kv_bytes(self.model.config, torch.bfloat16 if c.bf16 else torch.float32)
+        if device == "cuda" and max(token * length, row * c.num_generations) > memory:
+            size = f"{parameters / 1e9:.1f} B parameters and one group of {length} tokens"
+            advice = "try --gradient_checkpointing or a smaller --max_completion_length"
+            raise InputError(f"{size} do not fit this GPU: {advice}")
+        rows = c.prompts_per_step * c.num_generations
+        self.config = replace(
+            c,
+            micro_batch_tokens=c.micro_batch_tokens or max(1, min(most_tokens, int(memory / 2 / token))),
+            rollout_slots=c.rollout_slots or min(rows, max(c.num_generations, int(memory / 2 / row))),
+        )
+
+    def sync_sampling_model(self):
+        """Copies the weights to the model that samples, if that is a copy."""
+        if self.sampling_model is not self.model:
+            with torch.no_grad():
+                pairs = zip(self.model.parameters(), self.sampling_model.parameters(), strict=True)
+                for source, target in pairs:
+                    target.copy_(source)
+
+    # the beginning and the end
+
+    def start(self):
+        """Creates the directory, or loads the newest checkpoint, and evaluates the start model."""
+        config = self.config
+        # fp32 weights and two moments for each checkpoint, of which one more exists while it is written, and
+        # the final weights
+        to_come = config.save_total_limit + 1 - len(checkpoints(self.out))
+        space = (12 * max(1, to_come) + 4) * sum(p.numel() for p in self.model.parameters())
+        if (free := shutil.disk_usage(check_writable(self.out, "--output_dir")).free) < space:
+            need = f"{free / 1e9:.2f} GB are free, checkpoints and the result need {space / 1e9:.2f} GB"
+            raise InputError(f"--output_dir {self.out}: {need}")
+        print("\n".join(f"{f.name:24} {getattr(config, f.name)}" for f in fields(config)))
+        self.out.mkdir(parents=True, exist_ok=True)
+        replace_text(self.out / "run.json", json.dumps(asdict(replace(config, resume=False)), indent=1))
+        if config.resume:
+            self.load_checkpoint()
+            self.tables = self.load_tables()
+        if self.step == 0:
+            self.evaluate("before")
+
+    def finish(self):
+        """Writes the final weights, evaluates them, and prints the table."""
+        try:
+            self.write_model(self.out)
+        except (OSError, SafetensorError) as error:
+            message = "the final weights were not written, its checkpoints stay"
+            raise InputError(f"{self.out}: {message}: {error}") from error
+        self.evaluate("after")
+        if self.tables:
+            print("\n" + markdown(self.tables))
+
+    def evaluate(self, when: str):
+        """Evaluates the model on the evaluation sets, if there are any, and adds the table to eval.json."""
+        if not self.eval_sets:
+            return
+        records = evaluate(
+            self.sampling_model, self.tokenizer, self.method.template, self.eval_sets, self.eval_retriever,
+            progress=self.progress, slots=self.config.rollout_slots, cuda_graphs=self.config.cuda_graphs,
+            **self.config.budget(),
+        )  # fmt: skip
+        self.tables[when] = {name: summary(rows) for name, rows in records.items()}
+        replace_text(self.out / "eval.json", json.dumps(self.tables, indent=1))
+
+    def load_tables(self) -> dict:
+        """{"before": table} from eval.json. {}, with a warning, if the file is cut short or evaluate.py wrote
+        it."""
+        if not (path := self.out / "eval.json").exists():
+            return {}
+        try:
+            tables = json.loads(path.read_text())
+            same_sets = self.eval_sets.keys() == tables["before"].keys()
+            return {"before": tables["before"]} if same_sets else {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            tqdm.write(f"warning: {path} is no table of this program; it will be replaced")
+            return {}
+
+    # logs; a full disk costs a warning, not the run
+
+    def record(self, metrics: dict, episodes: list[Episode], parts: list[dict], advantage: list[float]):
+        """Counts the step as finished and logs it. A signal waits until `Signals.release`."""
+        hold_signals()
+        self.step += 1
+        self.append("transcripts.jsonl", self.transcripts(episodes, parts, advantage))
+        self.append("metrics.jsonl", [{"step": self.step, **metrics}])
+
+    def append(self, name: str, rows: list[dict]):
+        try:
+            with open(self.out / name, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:
+            tqdm.write(f"warning: {self.out / name} was not written: {error}")
+
+    def transcripts(self, episodes: list[Episode], parts: list[dict], advantage: list[float]) -> list[dict]:
+        """Some whole episodes of the step, evenly from all sources: who wrote what, what is trained on, and
+        what it earned."""
+        n, rows = min(self.config.log_completions, len(episodes)), []
+        order = sorted(range(len(episodes)), key=lambda i: episodes[i].question.source)
+        for i in (order[k * len(order) // n] for k in range(n)):
+            e = episodes[i]
+            row = {"step": self.step, "source": e.question.source, "id": e.question.id}
+            row |= {"answers": e.question.answers, "prompt": self.tokenizer.decode(e.prompt_ids)}
+            row["segments"] = [{"kind": s.kind, "text": s.text, "tokens": len(s.ids)} for s in e.segments]
+            row |= {"stop": e.stop, **parts[i], "advantage": advantage[i], "ids": e.ids}
+            rows.append(row | {"loss_mask": "".join(str(int(chosen)) for chosen in e.loss_mask)})
+        return rows
+
+    # checkpoints
+
+    def save_checkpoint(self):
+        """Writes checkpoint-N/ completely or not at all: under another name first, flushed to the disk, and
+        then renamed. Only after that older ones are removed. If it cannot be written, training goes on with a
+        warning."""
+        final = self.out / f"checkpoint-{self.step}"
+        temporary = self.out / f"checkpoint-{self.step}.tmp"
+        if final.exists() or self.step == 0:
+            return
+        if Signals.installed:
+            Signals.installed.writing = True
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.write_model(temporary)
+            tensors, scalars = {}, {}
+            for i, state in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"{i}.{name}": value for name, value in state.items() if value.ndim}
+                scalars |= {f"{i}.{name}": value.item() for name, value in state.items() if not value.ndim}
+            save_file(tensors, temporary / "optimizer.safetensors")
+            state = {"global_step": self.step, "optimizer": scalars}
+            (temporary / "trainer_state.json").write_text(json.dumps(state))
+            flush(temporary)
+            os.replace(temporary, final)
+            for old in checkpoints(self.out)[: -self.config.save_total_limit]:
+                shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            tqdm.write(f"warning: {final} was not written, training goes on: {error}")
+        finally:
+            if Signals.installed:
+                Signals.installed.writing = False
+
+    def write_model(self, folder: Path):
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def load_checkpoint(self):
+        """Loads the newest complete checkpoint. Later lines are removed from the logs, because their steps
+        will be done again. Raises InputError if the checkpoint is damaged."""
+        if found := checkpoints(self.out):
+            try:
+                self.load_state(found[-1])
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                why = f"damaged ({type(error).__name__}: {error}); remove it to go on from the one before"
+                raise InputError(f"--resume: {found[-1]} is {why}") from error
+        for name in ("metrics.jsonl", "transcripts.jsonl"):
+            if (path := self.out / name).exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                replace_text(path, "".join(line + "\n" for line in lines if step_of(line) <= self.step))
+
+    def load_state(self, folder: Path):
+        """Loads weights, optimizer state and the number of finished steps."""
+        state = json.loads((folder / "trainer_state.json").read_text())
+        flat = load_file(folder / "optimizer.safetensors", device=str(self.model.device))
+        flat |= {key: torch.tensor(value) for key, value in state["optimizer"].items()}
+        entries: dict[int, dict] = {}  # number of the parameter -> its state
+        for key, value in flat.items():
+            i, name = key.split(".", 1)
+            entries.setdefault(int(i), {})[name] = value
+        weights = load_model(str(folder), self.model.device, flag="--resume")[0].state_dict()
+        self.model.load_state_dict(weights)
+        self.sync_sampling_model()
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
+        self.step = state["global_step"]
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    complete = (p.parent for p in out.glob("checkpoint-*/trainer_state.json"))
+    return sorted((p for p in complete if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+
+
+def step_of(line: str) -> float:
+    """The step of a line of a log. Infinite for a line that a crash or a full disk cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def replace_text(path: Path, text: str):
+    """Writes a file completely or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def flush(folder: Path):
+    """Waits until the files of a directory are on the disk."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
