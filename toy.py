@@ -1,27 +1,28 @@
-"""The embedded default: a small world in which the claim of SEM (arXiv 2505.07903) can come out true or false
-on a laptop.
+"""The toy world: what `python grpo.py` runs on. It is small enough for a laptop, and large enough that the
+claim of SEM (arXiv 2505.07903) can come out true or false in it.
 
-People with a home and a colour. Of half of them the base model learns the facts by heart ("known": this
-world's MMLU); of the others it has seen the names, always with other facts ("unknown": this world's MuSiQue),
-so that only the corpus can tell. Some questions need two searches, the second built from the first one's
-result: "the home of the friend of N". About known people ("composed") the model knows both facts and still
-cannot answer at once, as large models cannot (the compositionality gap, arXiv 2210.03350): it has to look
-them up, in the corpus or in its own weights. Sums are known too and never appear in the RL mix (this world's
-GSM8K). The base model is trained from scratch on transcripts with poor search habits: it searches most of
-what it does not know, and more than half of what it knows.
+The world holds people with a home, a colour and a friend. The base model learns the facts about one half of
+them by heart ("known", the counterpart of MMLU). Of the other half it has seen the names, each time with
+other facts, so that only the corpus can answer ("unknown", the counterpart of MuSiQue). Some questions need
+two searches, where the second query is built from the first result: "the home of the friend of N". If N is a
+known person ("composed"), the model knows both facts and still cannot answer at once, as large models often
+cannot (the compositionality gap, arXiv 2210.03350): it has to look the facts up, in the corpus or in its own
+weights. Sums are known too, and never occur in the RL mix (the counterpart of GSM8K). The base model is
+trained from scratch on transcripts with poor search habits: it searches most of what it does not know, and
+more than half of what it knows.
 
-A method that talks differently (`--method`) gets a base model of its own, trained on the same facts in that
-dialect. Every base model also learns to answer without a tool, so that what it knows can be asked.
+A method with another template (`--method`) gets a base model of its own, trained on the same facts in that
+dialect. Every base model also learns to answer without a tool, so that one can measure what it knows.
 
-What comes out is a folder of ordinary files, and grpo.py treats it as it treats a 7B model and Wikipedia:
+The result is a directory of ordinary files, which grpo.py treats as it treats a 7B model and Wikipedia:
 
-    model/          a Llama model, 0.3 M parameters, with a word-level tokenizer and a chat template
-    train/          known.jsonl, composed.jsonl, unknown.jsonl (one search and two)
+    model/          a Llama model of 0.3 M parameters, with a word-level tokenizer and a chat template
+    train/          known.jsonl, composed.jsonl, unknown.jsonl (for one search and for two)
     test/           known_train.jsonl, known_heldout.jsonl, composed.jsonl, unknown.jsonl, two_hop.jsonl,
                     arithmetic.jsonl
-    corpus.jsonl    every fact, the known ones too
+    corpus.jsonl    every fact, known ones included
 
-    python toy.py --output_dir out/toy-world    # only builds it; grpo.py without --model does so by itself
+    python toy.py --output_dir out/toy-world    # builds it; grpo.py without --model does so too
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from config import fail, parse
+from config import check_ranges, fail, parse
 from data import Doc, InputError, Question
 from prompts import DIRECT, Template, encode_result, render
 from reward import METHODS
@@ -51,12 +52,12 @@ COLOURS = "red blue green black white pink grey gold brown teal amber ivory".spl
 VALUES = {"home": HOMES, "colour": COLOURS}
 KNOWN_TRAIN, KNOWN_HELDOUT, UNKNOWN_TRAIN, UNKNOWN_TEST = 64, 32, 64, 32  # how many names of each kind
 
-RECALL, READING = 0.97, 0.75  # the least in `exam`; reading jumps from 0.1 to 0.8 or 0.9 while training
+RECALL, READING = 0.97, 0.75  # required in `exam`; in training, reading jumps from 0.1 to 0.8 or 0.9
 
 PAD = 0  # id of <pad>
-FILES = {"model", "train", "test", "corpus.jsonl", "world.json"}  # what a world is written to
+FILES = {"model", "train", "test", "corpus.jsonl", "world.json"}  # the content of a world's directory
 
-CHAT_TEMPLATE = (  # of a system prompt one token is left: whether there is a search tool
+CHAT_TEMPLATE = (  # it renders a system prompt as one token if it mentions the search tool, else as none
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "<user> {{ message['content'] }} <assistant>{% elif '<search>' in message['content'] %}<tool> {% endif %}"
     "{% endfor %}"
@@ -68,13 +69,13 @@ class Config:
     """Builds the toy world: data, corpus, tokenizer and a base model trained from scratch."""
 
     output_dir: str = "out/toy-world"  # where the world is written
-    method: str = "sem"  # the dialect of its transcripts: sem, ssrl, search-r1 or research
-    seed: int = 0  # names, facts, transcripts and weights
+    method: str = "sem"  # the dialect of the transcripts: sem, ssrl, search-r1 or research
+    seed: int = 0  # of names, facts, transcripts and weights
     steps: int = 800  # training steps of the base model; twice or three times as many if it cannot read yet
     batch_size: int = 64  # transcripts a step
-    learning_rate: float = 3e-3  # peak, after 100 steps of warm-up; falls to a tenth along a cosine
+    learning_rate: float = 3e-3  # its peak, after 100 steps of warm-up; then a cosine down to a tenth
     hidden_size: int = 96  # width of the model
-    layers: int = 3  # depth: copying from a result takes two layers, comparing names one more
+    layers: int = 3  # depth: to copy from a result takes two layers, to compare names one more
     search_known: float = 0.6  # share of transcripts about sums and known people that search
     search_unknown: float = 0.85  # share of unknown transcripts that search
     closed_book: float = 0.1  # share of transcripts without a tool: question, answer
@@ -84,9 +85,7 @@ class Config:
 class World:
     known: list[str]
     unknown: list[str]
-    facts: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # (relation, name) -> value: what the corpus says
+    facts: dict[tuple[str, str], str] = field(default_factory=dict)  # (relation, name) -> value
 
     @staticmethod
     def make(seed: int) -> World:
@@ -106,7 +105,7 @@ class World:
 
     def docs(self) -> list[Doc]:
         return [
-            Doc(str(i), name, says(rel, name, value))
+            Doc(str(i), name, statement(rel, name, value))
             for i, ((rel, name), value) in enumerate(self.facts.items())
         ]
 
@@ -114,14 +113,14 @@ class World:
         rows = []
         for name in names:
             for relation in VALUES:
-                who = name if hops == 1 else self.facts["friend", name]
-                asked = f"{relation} of {name}" if hops == 1 else f"{relation} of the friend of {name}"
-                text = f"what is the {asked} ?"
-                rows.append(Question(f"{source}-{len(rows)}", text, [self.facts[relation, who]], source))
+                person = name if hops == 1 else self.facts["friend", name]
+                subject = f"{relation} of {name}" if hops == 1 else f"{relation} of the friend of {name}"
+                text = f"what is the {subject} ?"
+                rows.append(Question(f"{source}-{len(rows)}", text, [self.facts[relation, person]], source))
         return rows
 
 
-def says(relation: str, name: str, value: str) -> str:
+def statement(relation: str, name: str, value: str) -> str:
     return f"{relation} of {name} is {value} ."
 
 
@@ -134,8 +133,7 @@ def sums() -> list[Question]:
 
 
 def splits(world: World) -> dict[str, list[Question]]:
-    """File name -> questions. The test sets are on names that RL never sees; only known_train shows what it
-    did see."""
+    """File name -> questions. All test sets but known_train are about names that RL never sees."""
     known_train, known_heldout = world.known[:KNOWN_TRAIN], world.known[KNOWN_TRAIN:]
     unknown_train, unknown_test = world.unknown[:UNKNOWN_TRAIN], world.unknown[UNKNOWN_TRAIN:]
     return {
@@ -153,24 +151,12 @@ def splits(world: World) -> dict[str, list[Question]]:
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Words and tags are tokens. Everything else, a message of the environment say, is <unk>."""
+    """A tokenizer whose tokens are words and tags. Any other word, such as one of a reminder, is <unk>."""
     words = "what is the of home colour friend plus No results . ? :".split() + [str(i) for i in range(19)]
     names = dict.fromkeys(tag for method in METHODS.values() for tag in method.template.tags)
     tags = [f"<{slash}{tag}>" for tag in names for slash in ("", "/")] + ["\\boxed{", "}"]
-    words = [
-        "<pad>",
-        "<eos>",
-        "<unk>",
-        "<user>",
-        "<assistant>",
-        "<tool>",
-        *tags,
-        *words,
-        *HOMES,
-        *COLOURS,
-        *world.known,
-        *world.unknown,
-    ]
+    special = "<pad> <eos> <unk> <user> <assistant> <tool>".split()
+    words = [*special, *tags, *words, *HOMES, *COLOURS, *world.known, *world.unknown]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -189,15 +175,14 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> list[int]:
-    """Token ids of one training text of the base model: a prompt and what a model without RL would do with
-    it.
+    """Token ids of one training text of the base model: a prompt, and what a model without RL would write.
 
-    Of unknown people every transcript tells other facts, so that there is nothing to learn by heart. A direct
-    answer to a question with two hops is always a guess."""
+    Each transcript about an unknown person states other facts, so that there is nothing to learn by heart. A
+    direct answer to a question with two hops is always a guess."""
     kind = rng.choices(["known", "composed", "unknown", "two_hop", "arithmetic"], [4, 2, 3, 2, 3])[0]
     relation = rng.choice(list(VALUES))
     draft = value = rng.choice(VALUES[relation])
-    turns: list[tuple[str, list[Doc]]] = []  # (query, what the search returns)
+    turns: list[tuple[str, list[Doc]]] = []  # (query, documents that the search returns)
     if kind == "arithmetic":
         a, b = rng.randrange(10), rng.randrange(10)
         thought, draft = f"{a} plus {b}", str(a + b)
@@ -222,49 +207,50 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
             draft = rng.choice(VALUES[relation])
         thought = f"{relation} of {name}"
         question, turns = f"what is the {thought} ?", [(thought, results(world, rng, relation, name, value))]
-    searched = rng.random() < (
-        config.search_unknown if kind in ("unknown", "two_hop") else config.search_known
-    )
+    share = config.search_unknown if kind in ("unknown", "two_hop") else config.search_known
+    searched = rng.random() < share
 
-    def own(text):
+    def encode(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    talks = METHODS[config.method].template
+    template = METHODS[config.method].template
     if rng.random() < config.closed_book:
-        return [*prompt(DIRECT, question, tokenizer), *own(draft), tokenizer.eos_token_id]
-    form = "<answer> \\boxed{{ {} }} </answer>" if talks.boxed else "<answer> {} </answer>"
-    ids, said = prompt(talks, question, tokenizer), f"<think> {thought} </think>"
-    if talks.draft or not searched:
-        said += form.format(draft)
+        return [*prompt(DIRECT, question, tokenizer), *encode(draft), tokenizer.eos_token_id]
+    answer = "<answer> \\boxed{{ {} }} </answer>" if template.boxed else "<answer> {} </answer>"
+    ids, text = prompt(template, question, tokenizer), f"<think> {thought} </think>"
+    if template.draft or not searched:
+        text += answer.format(draft)
     if searched:
         for query, docs in turns:
-            ids += (*own(f"{said} <search> {query} </search>"), *encode_result(docs, tokenizer, talks))
-            said = ""
-        said = f"<think> {turns[-1][0]} is {value} </think> {form.format(value)}"
-    return [*ids, *own(said), tokenizer.eos_token_id]
+            result = encode_result(docs, tokenizer, template)
+            ids += (*encode(f"{text} <search> {query} </search>"), *result)
+            text = ""
+        text = f"<think> {turns[-1][0]} is {value} </think> {answer.format(value)}"
+    return [*ids, *encode(text), tokenizer.eos_token_id]
 
 
 @cache
 def prompt(template: Template, question: str, tokenizer) -> tuple[int, ...]:
-    """Rendered once: the same question comes up in many transcripts."""
+    """The prompt of a question; cached, because the same question occurs in many transcripts."""
     return tuple(render(template, Question("", question, [], ""), tokenizer))
 
 
 def results(world: World, rng: random.Random, relation: str, name: str, value: str) -> list[Doc]:
-    """The right document and a wrong one, which tells something else of the same person or the same of
-    somebody else. Of known people everything is true."""
-    right = Doc("", name, says(relation, name, value))
-    other, who = relation, rng.choice([someone for someone in world.unknown if someone != name])
+    """The right document and a distractor, in random order. The distractor states another relation of the
+    same person, or the same relation of somebody else. What it states of a known person is true."""
+    right = Doc("", name, statement(relation, name, value))
+    other, person = relation, rng.choice([someone for someone in world.unknown if someone != name])
     if rng.random() < 0.7:
-        other, who = rng.choice([r for r in (*VALUES, "friend") if r != relation]), name
-    told = rng.choice(VALUES.get(other, world.unknown))
-    wrong = Doc("", who, says(other, who, world.facts[other, who] if who in world.known else told))
+        other, person = rng.choice([r for r in (*VALUES, "friend") if r != relation]), name
+    invented = rng.choice(VALUES.get(other, world.unknown))
+    fact = world.facts[other, person] if person in world.known else invented
+    wrong = Doc("", person, statement(other, person, fact))
     return [right, wrong] if rng.random() < 0.7 else [wrong, right]
 
 
 def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(  # not Qwen2: for that type transformers 5 always loads Qwen's own tokenizer
+    return LlamaForCausalLM(  # not Qwen2, for which transformers 5 always loads the tokenizer class of Qwen
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
@@ -281,7 +267,7 @@ def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
 
 
 def train(model, world: World, rng: random.Random, config: Config, tokenizer):
-    """Plain next-token prediction on transcripts, result tokens included (they teach copying)."""
+    """Plain next-token prediction on transcripts. Result tokens are included, because they teach copying."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     bar = tqdm(range(config.steps), desc="toy base model")
@@ -290,7 +276,7 @@ def train(model, world: World, rng: random.Random, config: Config, tokenizer):
         optimizer.param_groups[0]["lr"] = config.learning_rate * min((step + 1) / 100, decay)
         rows = sorted((transcript(world, rng, config, tokenizer) for _ in range(config.batch_size)), key=len)
         tokens, total = sum(map(len, rows)) - len(rows), 0.0
-        quarter = -(-len(rows) // 4)  # in four parts of like lengths: half the padding of one
+        quarter = -(-len(rows) // 4)  # four parts of similar lengths need half the padding of one
         for part in (rows[i : i + quarter] for i in range(0, len(rows), quarter)):
             ids = padded(part)  # [part, width]
             logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
@@ -312,39 +298,40 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 @torch.no_grad()
 def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[float, float]:
     """(recall, reading) of the base model: the share of right answers about known people without a search,
-    and of right last thoughts about the others, which follow a result.
+    and the share of right last thoughts about the others, which follow a result.
 
-    RL sharpens what a model can do; a base model that recalls or reads badly would make the table say nothing
-    about the method."""
+    RL sharpens what a model can do already. If the base model recalled or read badly, the table would say
+    nothing about the method."""
     rng, config = random.Random("exam"), Config(method=method, search_known=0.0, search_unknown=1.0)
     texts = [transcript(world, rng, config, tokenizer) for _ in range(rows)]
-    guess = model(input_ids=padded(texts)).logits.argmax(-1).tolist()  # [rows, width]: what it would say next
+    predictions = model(input_ids=padded(texts)).logits.argmax(-1).tolist()  # [rows, width]: each next token
     known, values = (set(tokenizer.convert_tokens_to_ids(words)) for words in (world.known, HOMES + COLOURS))
     search, friend = tokenizer.convert_tokens_to_ids(["<search>", "friend"])
     recalled, read = [], []
-    for text, said in zip(texts, guess, strict=True):
-        at = [i for i, token in enumerate(text) if token in values]  # the answer's is the last
+    for text, predicted in zip(texts, predictions, strict=True):
+        at = [
+            i for i, token in enumerate(text) if token in values
+        ]  # places of values; the last is the answer
         if known & set(text) and friend not in text:
-            recalled.append(said[at[-1] - 1] == text[at[-1]])
-        elif search in text and at:
-            read.append(said[at[-2] - 1] == text[at[-2]])  # the answer only repeats the thought
+            recalled.append(predicted[at[-1] - 1] == text[at[-1]])
+        elif search in text and at:  # the last thought, since the answer only repeats it
+            read.append(predicted[at[-2] - 1] == text[at[-2]])
     return sum(recalled) / len(recalled), sum(read) / len(read)
 
 
 def build(config: Config) -> Path:
-    """Writes the world into `config.output_dir` and returns the path. A complete one of the same settings is
-    left as it is."""
+    """Writes the world into `config.output_dir` and returns the path. A complete world with the same settings
+    is left as it is. Raises InputError for bad settings, for a directory that holds something else, and if
+    the base model does not pass its exam."""
     out = Path(config.output_dir)
     if config.method not in METHODS:
         raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
-    for name in ("steps", "batch_size", "layers"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")
+    check_ranges(config, {name: (1, math.inf) for name in ("steps", "batch_size", "layers")})
     if config.hidden_size < 8 or config.hidden_size % 8:
         raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
-    talks = asdict(METHODS[config.method].template)  # another wording is another base model
-    settings = json.dumps({**asdict(config), "output_dir": "", "template": talks}, indent=1)
-    stamp = out / "world.json"  # written last: where it stands, the rest is complete
+    template = asdict(METHODS[config.method].template)  # a prompt with other words needs another base model
+    settings = json.dumps({**asdict(config), "output_dir": "", "template": template}, indent=1)
+    stamp = out / "world.json"  # it is written last, so where it exists the world is complete
     if stamp.exists() and stamp.read_text() == settings:
         return out
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
@@ -352,25 +339,14 @@ def build(config: Config) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
-    model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
-    for _ in range(3):  # reading is learned in one jump, with some weights late
-        train(model, world, rng, config, tokenizer)
-        recall, reading = exam(model, world, tokenizer, config.method)
-        print(f"toy base model: recall {recall:.2f}, reading {reading:.2f}")
-        if recall >= RECALL and reading >= READING:
-            break
-    else:
-        raise InputError(f"the toy base model needs more than 3 x {config.steps} steps")
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # two programs may build it at once
+    model = train_until_it_reads(world, config, tokenizer)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # two programs may build it at the same time
     shutil.rmtree(temporary, ignore_errors=True)
     for name, questions in splits(world).items():
-        write_jsonl(
-            temporary / f"{name}.jsonl",
-            ({"id": q.id, "question": q.text, "golden_answers": q.answers} for q in questions),
-        )
-    write_jsonl(
-        temporary / "corpus.jsonl", ({"id": d.id, "contents": f'"{d.title}"\n{d.text}'} for d in world.docs())
-    )
+        rows = ({"id": q.id, "question": q.text, "golden_answers": q.answers} for q in questions)
+        write_jsonl(temporary / f"{name}.jsonl", rows)
+    corpus = ({"id": d.id, "contents": f'"{d.title}"\n{d.text}'} for d in world.docs())
+    write_jsonl(temporary / "corpus.jsonl", corpus)
     model.save_pretrained(temporary / "model")
     tokenizer.save_pretrained(temporary / "model")
     (temporary / "world.json").write_text(settings)
@@ -379,13 +355,26 @@ def build(config: Config) -> Path:
     return out
 
 
+def train_until_it_reads(world: World, config: Config, tokenizer) -> LlamaForCausalLM:
+    """A base model that passes its exam. Reading is learned in one jump, which comes late from some initial
+    weights, so the training is repeated up to three times. Raises InputError after that."""
+    model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
+    for _ in range(3):
+        train(model, world, rng, config, tokenizer)
+        recall, reading = exam(model, world, tokenizer, config.method)
+        print(f"toy base model: recall {recall:.2f}, reading {reading:.2f}")
+        if recall >= RECALL and reading >= READING:
+            return model
+    raise InputError(f"the toy base model needs more than 3 x {config.steps} steps")
+
+
 def write_jsonl(path: Path, rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # as grpo.py does for small models
+    torch.set_num_threads(1)  # as Run.resolve_sizes does for small models
     config, _ = parse(Config, "toy.py")
     try:
         print(f"the toy world is in {build(config)}")

@@ -4,9 +4,9 @@
     d hidden          = dlogits @ weight                         [chunk, H]
     d weight         += dlogits.T @ hidden                       [V, H], fp32
 
-The three products are the library's. Memory beyond the inputs and their gradients is one chunk of logits and
-a few numbers a row, whatever N is. Both gradients are ready before the backward pass begins, which only hands
-them on.
+The three products are calls of torch. Beyond the inputs and their gradients the memory is one chunk of logits
+and a few numbers for each row, whatever N is: logits of all tokens at once would often not fit. Both
+gradients are computed in the forward pass, while the logits are there, and the backward pass returns them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 import kernels
 
-# Logits held at once on a CPU: 1 GiB in fp32, 1,767 rows at V = 151,936.
+# Logits of one chunk on a CPU: 1 GiB in fp32, which is 1,767 rows at V = 151,936.
 CHUNK_ELEMENTS = 1 << 28
 
 
@@ -50,7 +50,7 @@ class _GRPOLoss(torch.autograd.Function):
             raise RuntimeError("grpo_loss: the gradient of this loss was already taken; its memory is gone")
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
-        if grad != 1:  # waits for the GPU, but saves a pass over V x H in the usual case
+        if grad != 1:  # this waits for the GPU, but saves a pass over [V, H] in the usual case
             d_hidden, d_weight = (None if d is None else d.mul_(grad) for d in (d_hidden, d_weight))
         return d_hidden, d_weight, None, None, None, None, None, None
 
@@ -70,11 +70,11 @@ def grpo_loss(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The GRPO loss of N tokens from hidden states [N, H] and the lm_head's weight [V, H]; differentiable in
+    """The GRPO loss of N tokens from hidden states [N, H] and the lm_head's weight [V, H], differentiable in
     both, once.
 
-    The other arguments and the stats are as in reference.grpo_loss_from_logits. Pass loss positions only:
-    every row costs V * H."""
+    The other arguments and the stats are those of reference.grpo_loss_from_logits. Pass the hidden states at
+    the loss positions alone, because every row costs V * H."""
     options = {"epsilon": epsilon, "epsilon_high": epsilon_high, "beta": beta}
     options |= {"temperature": temperature, "vocab_size": vocab_size}
     loss, *stats = _GRPOLoss.apply(hidden, weight, target, old_logps, ref_logps, advantages, scale, options)
@@ -83,11 +83,10 @@ def grpo_loss(
 
 @torch.no_grad()
 def token_logps(hidden, weight, target, *, temperature: float = 1.0, vocab_size: int | None = None):
-    """Forward only: log-prob of each target and entropy of each row, both [N] fp32. For the reference model
-    and for old_logps."""
+    """Log-prob of each target and entropy of each row, both [N] fp32, without a gradient."""
     options = {"temperature": temperature, "vocab_size": vocab_size, "gradient": False}
     zeros, parts = hidden.new_zeros(len(hidden), dtype=torch.float32), []
-    for rows, logits, _ in chunks(hidden, weight):  # the loss of advantage 0 costs a few numbers a row
+    for rows, logits, _ in chunks(hidden, weight):  # a loss of advantage 0; only its stats are used
         _, stats = kernels.grpo_loss_from_logits(
             logits, target[rows], None, None, zeros[rows], zeros[rows],
             epsilon=0.0, epsilon_high=0.0, beta=0.0, **options,
@@ -98,11 +97,11 @@ def token_logps(hidden, weight, target, *, temperature: float = 1.0, vocab_size:
 
 
 def chunks(hidden, weight):
-    """Yields (slice of rows, their logits, the head in hidden's dtype); N = 0 is one empty chunk.
+    """Yields (slice of rows, their logits, the head in hidden's dtype), and one empty chunk if N = 0.
 
-    All chunks share one buffer. All V columns are computed even where the vocabulary is cut: a width that is
-    no multiple of 8 is slow on a GPU."""
-    head = weight.to(hidden.dtype)  # fp32 weights under bf16 hidden states: bf16 products, fp32 gradient
+    All chunks share one buffer. All V columns are computed even if the vocabulary is shorter, because a width
+    that is no multiple of 8 is slow on a GPU."""
+    head = weight.to(hidden.dtype)  # with bf16 hidden states: bf16 products, and the gradient in fp32
     size = min(chunk_rows(hidden, len(head)), max(1, len(hidden)))
     buffer = hidden.new_empty(size, len(head))
     for i in range(0, max(1, len(hidden)), size):
@@ -113,8 +112,8 @@ def chunks(hidden, weight):
 
 
 def chunk_rows(hidden, vocab: int) -> int:
-    """On a GPU 8,192 rows where a quarter of the free memory holds their logits, fewer where not: each chunk
-    reads and writes all of d weight once, so few large ones are best."""
+    """Rows of a chunk: on a GPU 8,192, or fewer if their logits need more than a quarter of the free memory.
+    Few large chunks are best, because each of them reads and writes all of d weight."""
     if not hidden.is_cuda:
         return max(1, CHUNK_ELEMENTS // vocab)
     free = torch.cuda.mem_get_info(hidden.device)[0]
@@ -126,12 +125,12 @@ def chunk_rows(hidden, vocab: int) -> int:
 def add_product(total, a, b, first: bool):
     """total = a @ b if `first`, else total += a @ b, with total in fp32.
 
-    A GPU's matrix unit sums bf16 products in fp32. Added to the total from there, nothing is rounded between
-    two chunks, and no second [V, H] is needed; a bf16 product has to be rounded before it is added."""
-    beta = 0 if first else 1  # 0: what total holds is not even read
+    The matrix unit of a GPU sums bf16 products in fp32. If this sum is added to `total` directly, nothing is
+    rounded between two chunks, and no second [V, H] is needed."""
+    beta = 0 if first else 1  # with 0 the old content of total is not read
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda and torch.__version__ >= (2, 10):  # the first that adds to an fp32 matrix
+    elif a.is_cuda and torch.__version__ >= (2, 10):  # the first version that can add to an fp32 matrix
         torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
         total.copy_(a @ b) if first else total.add_(a @ b)

@@ -1,4 +1,4 @@
-"""The GRPO loss in plain torch: what it computes, and its gradient written out. Runs anywhere.
+"""The GRPO loss in plain torch: what it computes, and its gradient written out. It runs on any device.
 
 For one row of logits, z [V] = logits / temperature, the sampled token y, and p = softmax(z):
 
@@ -9,14 +9,15 @@ For one row of logits, z [V] = logits / temperature, the sampled token y, and p 
     kl (k3)   = exp(x) - x - 1,  x = clamp(ref_logp - logp, -20, 20)             the same, eq. 4
     loss      = sum over rows of scale * (surrogate + beta kl)
 
-logp and entropy stay the same when a constant is taken off z. With the maximum taken off, no exp overflows:
+logp and entropy do not change when a constant is subtracted from z. With the maximum subtracted, no exp
+overflows:
 
     z <- z - max z,  e_j = exp(z_j),  s = sum_j e_j
     logp = z_y - log s,  entropy = log s - sum_j e_j z_j / s
 
-The gradient is known as soon as logp is. Outside the clamp of a log-ratio its term has none:
+The gradient is known as soon as logp is. A log-ratio outside of its clamp has no gradient.
 
-    d surrogate / d logp      clip holds it (ratio outside)      ratio inside, or on the other side
+    d surrogate / d logp      where the clip is active           elsewhere
     A > 0                     0, if ratio > 1 + epsilon_high     -ratio A
     A < 0                     0, if ratio < 1 - epsilon          -ratio A
 
@@ -24,16 +25,16 @@ The gradient is known as soon as logp is. Outside the clamp of a log-ratio its t
     d loss / d z_j       = g (1[j = y] - p_j),  g = scale (d surrogate / d logp + beta d kl / d logp)
     d loss / d logits_j  = d loss / d z_j / temperature
 
-So the pass that reads the logits can leave their gradient in the same memory, and nothing has to be kept for
-a backward pass. chunked.py does that for some rows at a time."""
+So the pass that reads the logits can write their gradient into the same memory, and nothing has to be kept
+for a backward pass. chunked.py does this for a chunk of rows at a time."""
 
 from __future__ import annotations
 
 import torch
 
-# Logits worked on at once: 1 MiB in fp32, so that every pass over them but the first hits the cache.
+# Logits of one block: 1 MiB in fp32, so that every pass over them but the first reads from the cache.
 BLOCK_ELEMENTS = 1 << 18
-FLOOR = -1e20  # in place of -inf: its probability is 0 too, and 0 * -1e20 is 0 where 0 * -inf would be NaN
+FLOOR = -1e20  # in place of -inf, since 0 * -1e20 is 0 where 0 * -inf would be NaN; its probability is 0 too
 
 
 @torch.no_grad()
@@ -52,13 +53,14 @@ def grpo_loss_from_logits(
     vocab_size: int | None = None,
     gradient: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of N rows of logits [N, V], and in place of the logits the gradient of the loss (unless `gradient`
-    is False).
+    """The loss of N rows of logits [N, V]. The gradient of the loss replaces the logits in place, unless
+    `gradient` is False.
 
-    target [N] int64; old_logps, ref_logps, advantages, scale [N] fp32. old_logps None: the policy's own
-    (ratio 1, the first and only pass over a batch). ref_logps None: no KL term. Ids >= `vocab_size` are as if
-    their logit were -inf. Returns the loss (a scalar, fp32) and stats: logps, entropy, kl, clipped, each [N]
-    fp32. Nothing here is differentiable: the logits are the gradient now, and loss.backward() raises."""
+    target [N] int64; old_logps, ref_logps, advantages, scale [N] fp32. If old_logps is None, they are the
+    policy's present log-probs (ratio 1, as in the first pass over a batch). If ref_logps is None, there is no
+    KL term. Ids >= `vocab_size` count as logits of -inf. Returns the loss (a scalar, fp32) and stats: logps,
+    entropy, kl, clipped, [N] fp32 each. The result is not differentiable, so loss.backward() raises: the
+    gradient is already there."""
     n, width = logits.shape
     vocab = vocab_size or width
     stats = {name: logits.new_zeros(n, dtype=torch.float32) for name in ("logps", "entropy", "kl", "clipped")}
@@ -70,7 +72,7 @@ def grpo_loss_from_logits(
         y = target[rows, None]
         z, e = work[:, : rows.stop - i]  # [rows, vocab] each
         z.copy_(logits[rows, :vocab])  # fp32 from here on
-        z -= z.amax(1, keepdim=True)  # first this, exact near the maximum, then the temperature
+        z -= z.amax(1, keepdim=True)  # before the temperature: exact near the maximum
         z.clamp_(min=FLOOR)
         if temperature != 1:
             z /= temperature
@@ -87,20 +89,20 @@ def grpo_loss_from_logits(
             g = (g * scale[rows] / temperature)[:, None]
             e.mul_(-g / total[:, None])  # -g p
             e.scatter_add_(1, y, g)
-            logits[rows, :vocab] = e  # rounded here, once
+            logits[rows, :vocab] = e  # the only rounding to the dtype of the logits
             logits[rows, vocab:] = 0
     return loss, stats
 
 
 def token_loss(logp, old_logps, ref_logps, advantages, epsilon, epsilon_high, beta):
-    """The objective of one token and its derivative. All [N] fp32 -> surrogate + beta kl, its d / d logp, kl,
-    clipped."""
+    """The objective of each token, surrogate + beta kl, its derivative by logp, kl, and whether the clip is
+    active. Arguments and results are [N] fp32."""
     gap = logp - old_logps
     ratio = gap.clamp(-20, 20).exp()
-    free, held = ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
-    clipped = held < free
-    value = -torch.minimum(free, held)
-    grad = -free * ~(clipped | (gap.abs() > 20))
+    unclipped, bounded = ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
+    clipped = bounded < unclipped
+    value = -torch.minimum(unclipped, bounded)
+    grad = -unclipped * ~(clipped | (gap.abs() > 20))
     kl = torch.zeros_like(logp)
     if ref_logps is not None:
         x = ref_logps - logp

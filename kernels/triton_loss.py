@@ -1,9 +1,10 @@
 """The GRPO loss of rows of logits as one Triton kernel. The contract, the formulas and their derivation are
-in reference.py; the comments here name the formula of each line, and say what is particular to a GPU.
+in reference.py; the comments here name the formula of each line and what is particular to a GPU.
 
-A row is visited twice. The first visit reads it from memory (2V bytes in bf16) and yields everything that is
-reported; the second reads it again, as far as it is still in the cache from there, and writes its gradient
-in place (2V bytes). A loss kernel and then a backward kernel move 6V: all rows lie between the two readings.
+Each row is read twice. The first visit reads it from memory (2V bytes in bf16) and computes all results. The
+second visit reads it again, mostly from the cache, and writes the gradient in place (2V bytes). A loss kernel
+followed by a backward kernel would move 6V bytes, because between its two readings of a row it reads all
+others.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-# One program works on one row. 8,192 logits in 8 warps are 32 a thread: 16 kB of loads in flight, and at most
-# 80 registers (tests/hopper.py counts them), so that three programs share a multiprocessor and one computes
-# while another waits. An H200 then has 396 rows under way: 120 MB in bf16 at V = 151,936; its L2 holds 60.
+# One program works on one row. 8,192 logits in 8 warps are 32 for each thread: 16 kB of loads are in flight,
+# and a thread needs at most 80 registers (tests/hopper.py counts them). So three programs share a
+# multiprocessor, and one computes while another waits for memory. On an H200 396 rows are then under way at a
+# time: 120 MB in bf16 at V = 151,936, of which the L2 cache holds 60 MB.
 BLOCK, WARPS = 8192, 8
 
 FLOOR = tl.constexpr(-1e20)  # below every logit; finite, as in reference.py
@@ -26,8 +28,8 @@ def grpo_loss_from_logits(
     epsilon: float, epsilon_high: float, beta: float, temperature: float = 1.0, vocab_size: int | None = None,
     gradient: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """As reference.grpo_loss_from_logits, but a target that is no id of the vocabulary makes the loss NaN: to
-    raise an error the CPU would have to wait for the GPU."""
+    """As reference.grpo_loss_from_logits, except that a target outside of the vocabulary makes the loss NaN.
+    To raise an error, the CPU would have to wait for the GPU."""
     n, width = logits.shape
     if logits.stride(1) != 1:
         raise ValueError("logits: the entries of a row must be adjacent in memory")
@@ -44,9 +46,10 @@ def grpo_loss_from_logits(
     return out[4].sum(), dict(zip(("logps", "entropy", "kl", "clipped"), out, strict=False))
 
 
-# Triton compiles anew for every new property of an argument that it may use: a number that is divisible by
-# 16, an aligned pointer. N changes with every batch, and with it where the next array begins; knowing it
-# helps nothing, so these are left out, and one compilation serves every N.
+# Triton compiles a kernel again when an argument has a new property that it could use, such as a number
+# divisible by 16 or an aligned pointer. N changes with every batch, and with it the alignment of the arrays
+# behind one another. These properties would not make the kernel faster, so they are excluded, and one
+# compilation serves every N.
 @triton.jit(
     do_not_specialize=["n"],
     do_not_specialize_on_alignment=["target", "old_logps", "ref_logps", "advantages", "scale"],
@@ -56,22 +59,22 @@ def _visit_row(
     n, stride, width, vocab, temperature, low, high, beta,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 14,135 rows of 151,936
+    row = tl.program_id(0).to(tl.int64)  # int64: row * stride reaches 2^31 at 14,135 rows of 151,936
     logits += row * stride
     y = tl.load(target + row).to(tl.int32)
-    # Read now: later the gradient stands in its place. A wrong id must not read another row's logit.
+    # This is read first, because the gradient will replace it. A wrong id must not read another row's logit.
     z_y = tl.load(logits + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
 
-    # First visit. With z = logits / temperature * log2(e), exp is 2^z, which is what the hardware has. Of the
-    # columns seen so far: top = max z, and with d = z - top, total = sum 2^d and moment = sum d 2^d. A higher
-    # top makes every earlier d smaller by the same shift: total becomes 2^shift total, and moment becomes
-    # 2^shift (moment + shift total).
+    # First visit. With z = logits / temperature * log2(e), exp(logits / temperature) is 2^z, and 2^z is an
+    # instruction of the hardware. Over the columns so far, top = max z, and with d = z - top, total = sum 2^d
+    # and moment = sum d 2^d. If a block has a higher maximum, every earlier d changes by the same shift, so
+    # total becomes 2^shift total, and moment becomes 2^shift (moment + shift total).
     unit = LOG2E / temperature
     top, total, moment = FLOOR, 0.0, 0.0
     ahead = _load(logits, 0, vocab, BLOCK)
     for start in range(0, vocab, BLOCK):
         z = ahead.to(tl.float32)
-        ahead = _load(logits, start + BLOCK, vocab, BLOCK)  # on its way while this block is worked on
+        ahead = _load(logits, start + BLOCK, vocab, BLOCK)  # is loaded while this block is computed
         higher = tl.maximum(top, tl.max(z, 0) * unit)
         shift = top - higher
         d = tl.fma(z, unit, -higher)  # rounded once: exact near the maximum, where z * unit alone is not
@@ -84,23 +87,24 @@ def _visit_row(
     logp = tl.fma(z_y, unit, -top) / LOG2E - tl.log(total)  # z_y - log s
     entropy = tl.log(total) - moment / total / LOG2E  # log s - sum e z / s
 
-    # token_loss in reference.py. Comparisons with NaN are false, so tl.where keeps a NaN; min and max do not.
+    # As token_loss in reference.py. tl.where is used in place of min and max, which would lose a NaN.
     advantage = tl.load(advantages + row).to(tl.float32)
     gap = logp - logp
     if old_logps is not None:
         gap = logp - tl.load(old_logps + row).to(tl.float32)
     ratio = tl.exp(_clamp(gap, -20.0, 20.0))
-    free = ratio * advantage
-    held = _clamp(ratio, low, high) * advantage
-    clipped = held < free
-    value = -tl.where(clipped, held, free)  # -min(ratio A, clip(ratio) A)
-    g = tl.where(clipped | (tl.abs(gap) > 20.0), 0.0, -free)  # d surrogate / d logp, the four cases
+    unclipped = ratio * advantage
+    bounded = _clamp(ratio, low, high) * advantage
+    clipped = bounded < unclipped
+    value = -tl.where(clipped, bounded, unclipped)  # -min(ratio A, clip(ratio) A)
+    g = tl.where(clipped | (tl.abs(gap) > 20.0), 0.0, -unclipped)  # d surrogate / d logp, the four cases
     kl = tl.zeros_like(logp)
     if ref_logps is not None:
         x = tl.load(ref_logps + row).to(tl.float32) - logp
         inside = tl.abs(x) <= 20.0
         x = _clamp(x, -20.0, 20.0)
-        small = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120))))  # exp(x) - x - 1 cancels there
+        # near 0 exp(x) - x - 1 cancels, so its series is used
+        small = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120))))
         kl = tl.where(tl.abs(x) < 0.1, small, tl.exp(x) - x - 1.0)
         value += beta * kl
         g -= beta * tl.where(inside, kl + x, 0.0)  # d kl / d logp = 1 - exp(x) = -(kl + x)
@@ -113,24 +117,24 @@ def _visit_row(
     tl.store(out + 4 * n, weight * value)
 
     if GRADIENT:
-        tl.debug_barrier()  # no thread may write before all have read z_y
+        tl.debug_barrier()  # no thread may write before all threads have read z_y
         g = g * weight / temperature
         share = g / total
         last = (width - 1) // BLOCK * BLOCK
         ahead = _load(logits, last, vocab, BLOCK)
-        for back in range(0, width, BLOCK):  # backwards: the end of the row was read last, it is still cached
+        for back in range(0, width, BLOCK):  # backwards: the end of the row was read last and is cached
             z = ahead.to(tl.float32)
             ahead = _load(logits, tl.maximum(last - back - BLOCK, 0), vocab, BLOCK)
             e = tl.exp2(tl.fma(z, unit, -top))  # 0 past the vocabulary
             ids = last - back + tl.arange(0, BLOCK)
             dz = tl.where(ids == y, g - share * e, -share * e)  # g (1[j = y] - p_j), in fp32
-            tl.store(logits + ids, dz, mask=ids < width)  # rounded here, once
+            tl.store(logits + ids, dz, mask=ids < width)  # the only rounding to the logits' dtype
 
 
 @triton.jit
 def _load(logits, start, vocab, BLOCK: tl.constexpr):
-    """[BLOCK] logits, -inf past the vocabulary. Whole blocks go without a mask: it would cost two
-    instructions a logit, and a load masked by an odd number goes logit by logit, not 16 bytes at once."""
+    """[BLOCK] logits, and -inf beyond the vocabulary. A whole block is loaded without a mask, because a mask
+    costs two instructions for each logit, and a load with an odd mask reads single logits, not 16 bytes."""
     ids = start + tl.arange(0, BLOCK)
     if start + BLOCK <= vocab:
         z = tl.load(logits + ids)
