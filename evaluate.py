@@ -33,8 +33,8 @@ from tqdm import tqdm
 from config import check_ranges, check_writable, fail, parse
 from data import Episode, InputError, Question, load_sets
 from measures import Record, is_right, judge, measure, report, verdicts
-from model import load_model, probe, refuse_thinking
-from prompts import COT, DIRECT, RAG, Template, encode_foreign, render
+from model import check_prompts, load_model, probe
+from prompts import COT, DIRECT, RAG, Template, encode_foreign
 from retriever import RetrieverError, open_retriever
 from reward import METHODS, f1, parse_episode
 from rollout import decode, rollout
@@ -286,10 +286,8 @@ def main(config: Config, given: set[str] = frozenset()):
     if rag:
         sets = retrieve_once(sets, retriever, config.topk, config.max_doc_tokens, tokenizer)
         retriever, closed_book = None, False  # the questions contain documents
-    prompts = [render(template, q, tokenizer) for rows in sets.values() for q in rows]
-    if not template.raw:
-        refuse_thinking(tokenizer, prompts[0])
-    probe(model, tokenizer, max(map(len, prompts)) + config.max_completion_length)
+    longest = check_prompts(model, tokenizer, template, [q for rows in sets.values() for q in rows])
+    probe(model, tokenizer, longest + config.max_completion_length)
 
     output = Path(config.output)
     transcripts = Transcripts(output.with_name(output.stem + "_transcripts.jsonl"))

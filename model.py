@@ -1,22 +1,26 @@
 """Loads a model and its tokenizer from a directory or the hub, and checks that this code handles it right.
 
-`load_model` refuses what is incomplete, and `probe` what the cache of the sampler or the loss would get
-wrong. Both say why in one line, before anything is trained. How tokens are sampled is in runner.py.
+`load_model` refuses what is incomplete, `check_prompts` prompts that do not fit, and `probe` what the cache
+of the sampler or the loss would get wrong. All of them say why in one line, before anything is trained. How
+tokens are sampled is in runner.py.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
-    probe(model, tokenizer, 4096)                      # InputError if it cannot be sampled at that length
+    longest = check_prompts(model, tokenizer, SEM, questions)
+    probe(model, tokenizer, longest + 4096)            # InputError if it cannot be sampled at that length
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data import InputError
+from data import InputError, Question
+from prompts import Template, render
 from runner import SlotCache, step_hidden
 
 transformers_logging.disable_progress_bar()  # grpo.py and evaluate.py show bars of their own
@@ -57,11 +61,24 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     return model.to(device), tokenizer
 
 
-def refuse_thinking(tokenizer, prompt: list[int]):
-    """Raises InputError if the chat template writes <think> into the prompt. The model would then not write
-    it, and its episodes would not be valid."""
-    if "<think>" in tokenizer.decode(prompt[-8:]):
+def check_prompts(model, tokenizer, template: Template, questions: list[Question]) -> int:
+    """Returns the number of tokens of a longest prompt, roughly. Raises InputError, before anything is
+    sampled, for a prompt that does not fit the model's context, and for a chat template that writes <think>
+    into the prompt: the model would then not write it, and its episodes would not be valid.
+
+    A text has at most as many tokens as bytes, so only long texts have to be tokenised for the check."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    longest = max(questions, key=lambda q: len(q.text) + sum(map(len, q.choices or [])))
+    empty = len(render(template, replace(longest, text="", choices=None), tokenizer))
+    for q in questions:
+        size = empty + len("".join([q.text, *(q.choices or [])]).encode()) + 8 * len(q.choices or [])
+        if size >= context and (n := len(render(template, q, tokenizer))) >= context:
+            why = f"has {n} tokens; the context of --model holds {context}"
+            raise InputError(f"the prompt of {q.id} ({q.source}) {why}")
+    prompt = render(template, longest, tokenizer)
+    if not template.raw and "<think>" in tokenizer.decode(prompt[-8:]):
         raise InputError("the chat template of --model writes <think> itself; the model is expected to do it")
+    return len(prompt)
 
 
 def first_line(error: Exception) -> str:

@@ -158,9 +158,7 @@ class Parse:
     first: str | None  # a1: the first answer before any search
     last: str | None  # a2: the last answer after the last result
     valid: bool  # f, by SEM's grammar
-    answer: (
-        str | None
-    )  # the final answer: for SEM a2 if the episode searched, else a1; otherwise the last one
+    answer: str | None  # the final answer: the last one; for SEM a2 if the episode searched, else a1
 
     @property
     def searched(self) -> bool:
@@ -198,10 +196,10 @@ def parse_episode(episode: Episode) -> Parse:
         while at < len(pieces):
             piece = pieces[at]
             kind = piece[1:-1] if at % 2 else ""
-            if (
-                at % 2 == 0
-            ):  # text outside the tags; after the last tag it is the rest of the tag's last token
-                shape += "!" if piece.strip() and not (replied and at == len(pieces) - 1) else ""
+            if at % 2 == 0:  # text outside the tags
+                # The token that ended the last tag may hold further text, which is no mistake.
+                leftover = replied and at == len(pieces) - 1
+                shape += "!" if piece.strip() and not leftover else ""
             elif pieces[at + 2 : at + 3] == [f"</{kind}>"] and (kind != t.result or t.self_search):
                 body = pieces[at + 1].strip()
                 shape += letters[kind] if body else "!"

@@ -46,8 +46,7 @@ from config import TOY, Config, check, check_writable
 from data import Episode, InputError, load_sets
 from evaluate import evaluate
 from measures import markdown, summary
-from model import load_model, probe, refuse_thinking
-from prompts import render
+from model import check_prompts, load_model, probe
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
 from runner import kv_bytes
@@ -200,7 +199,8 @@ class Run:
         self.eval_sets = load_sets(config.eval, "test", config.eval_size)
         self.open_retrievers(device, dtype)
         self.model, self.tokenizer = load_model(config.model, device)
-        longest = self.check_prompts()
+        questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
+        longest = check_prompts(self.model, self.tokenizer, self.method.template, questions)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -235,25 +235,6 @@ class Run:
         elif self.method.simulated:
             self.train_retriever = CorpusSimulator(self.eval_retriever, config.seed)
 
-    def check_prompts(self) -> int:
-        """Raises InputError for a prompt that does not fit the context, before anything is trained. Returns
-        the number of tokens of a longest prompt, roughly.
-
-        A text has at most as many tokens as bytes, so only long texts have to be tokenised."""
-        template, context = self.method.template, self.model.config.get_text_config()
-        context = getattr(context, "max_position_embeddings", None) or 1 << 30
-        questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
-        longest = max(questions, key=lambda q: len(q.text) + sum(map(len, q.choices or [])))
-        empty = len(render(template, replace(longest, text="", choices=None), self.tokenizer))
-        for q in questions:
-            size = empty + len("".join([q.text, *(q.choices or [])]).encode()) + 8 * len(q.choices or [])
-            if size >= context and (n := len(render(template, q, self.tokenizer))) >= context:
-                why = f"has {n} tokens; the context of --model holds {context}"
-                raise InputError(f"the prompt of {q.id} ({q.source}) {why}")
-        prompt = render(template, longest, self.tokenizer)
-        refuse_thinking(self.tokenizer, prompt)
-        return len(prompt)
-
     def resolve_sizes(self, device: str, longest: int):
         """Fills in the sizes that depend on free memory, once: a resumed run finds them in run.json. Raises
         InputError if the model and one group of episodes do not fit the GPU."""
@@ -285,10 +266,8 @@ class Run:
     def sync_sampling_model(self):
         """Copies the weights to the model that samples, if that is a copy."""
         if self.sampling_model is not self.model:
-            with torch.no_grad():
-                pairs = zip(self.model.parameters(), self.sampling_model.parameters(), strict=True)
-                for source, target in pairs:
-                    target.copy_(source)
+            for source, target in zip(self.model.parameters(), self.sampling_model.parameters(), strict=True):
+                target.data.copy_(source.data)
 
     # the beginning and the end
 
@@ -316,8 +295,7 @@ class Run:
         try:
             self.write_model(self.out)
         except (OSError, SafetensorError) as error:
-            message = "the final weights were not written, its checkpoints stay"
-            raise InputError(f"{self.out}: {message}: {error}") from error
+            raise InputError(f"{self.out}: the final weights were not written: {error}") from error
         self.evaluate("after")
         if self.tables:
             print("\n" + markdown(self.tables))

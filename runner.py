@@ -197,9 +197,8 @@ class ModelRunner:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, H] -> logits [rows, vocab] fp32."""
-        logits = (
-            hidden @ self.model.get_output_embeddings().weight.T
-        )  # all columns: odd widths are slow on a GPU
+        head = self.model.get_output_embeddings().weight
+        logits = hidden @ head.T  # of all columns, because an odd number of columns is slow on a GPU
         return logits[:, : self.vocab_size].float()
 
     def draw(self, logits: torch.Tensor, u: list[float]) -> tuple[torch.Tensor, torch.Tensor]:

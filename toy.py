@@ -309,9 +309,7 @@ def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[
     search, friend = tokenizer.convert_tokens_to_ids(["<search>", "friend"])
     recalled, read = [], []
     for text, predicted in zip(texts, predictions, strict=True):
-        at = [
-            i for i, token in enumerate(text) if token in values
-        ]  # places of values; the last is the answer
+        at = [i for i, token in enumerate(text) if token in values]  # of these the last is the answer
         if known & set(text) and friend not in text:
             recalled.append(predicted[at[-1] - 1] == text[at[-1]])
         elif search in text and at:  # the last thought, since the answer only repeats it
