@@ -97,9 +97,7 @@ class Batch:
     advantage: torch.Tensor  # [N] fp32: of its episode
     scale: torch.Tensor  # [N] fp32: its weight in the loss, from token_scale
     sampled_logps: torch.Tensor  # [N] fp32: its log-prob as the sampler saw it; only logged, see `update`
-    old_logps: torch.Tensor | None = (
-        None  # [N] fp32: before the first update; None: the policy's own, ratio 1
-    )
+    old_logps: torch.Tensor | None = None  # [N] fp32: before the first update; None: the present ones
     ref_logps: torch.Tensor | None = None  # [N] fp32: under the start model; None: no KL term
 
 
@@ -166,12 +164,13 @@ def token_logps(model, batch: Batch, config: Config, vocab_size: int) -> torch.T
 def update(
     model, reference, optimizer, batches: list[Batch], config: Config, lr: float, vocab_size: int
 ) -> dict[str, float]:
-    """The optimizer steps on one batch of episodes, `num_iterations` of them, each on all micro-batches.
-    Returns metrics.
+    """Makes `num_iterations` optimizer steps on one batch of episodes, each on all its micro-batches. Returns
+    metrics.
 
-    `old_logps` are what the first iteration computes, since all its micro-batches see the same weights. They
-    are not the sampler's log-probs: these come from another path (the cache, on a GPU bf16), and their
-    rounding would enter every ratio. The gap between the two is logged as sampler_logp_diff.
+    The old log-probs, which the ratio compares with, are those that the first iteration computes, since all
+    its micro-batches see the same weights. They are not the log-probs of the sampler: it computes them along
+    another path (through the cache, on a GPU in bf16), so its rounding would enter every ratio, and a ratio
+    that should be 1 would not be. How far the two are apart is logged as sampler_logp_diff.
 
     The metrics of the first iteration have plain names (loss, grad_norm, entropy, kl, clip_ratio/*,
     sampler_logp_diff/*), those of iteration 2 begin with iteration_2/, and so on."""
