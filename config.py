@@ -1,5 +1,5 @@
-"""Every flag of grpo.py with its reason and source, the checks of their values, and the helper that turns a
-dataclass into a command line.
+"""Every flag of grpo.py with what it does and where its value comes from, the checks of the values, and the
+helper that turns a dataclass into a command line.
 
     config, given = parse(Config, "grpo.py", toy=TOY)    # reads sys.argv; `given`: names of the flags in it
     check(config)                                        # InputError for a value that makes no sense
@@ -27,15 +27,13 @@ from reward import METHODS, REWARDS
 class Config:
     """GRPO with the reward of SEM, or of another method. Without --model it runs in the toy world.
 
-    SEM publishes GRPO, 200 steps, a balanced mix of MuSiQue and MMLU, and Qwen2.5-7B-Instruct. What it does
-    not publish has the value of ReSearch (arXiv 2503.19470, table 4), whose tags and metrics it shares. Where
-    both are silent the value is our choice. The source of each value stands in brackets. All methods have the
-    same defaults, so that two runs differ in the method alone."""
+    SEM publishes GRPO, 200 steps, a balanced mix of MuSiQue and MMLU, and Qwen2.5-7B-Instruct. Most of what
+    it does not publish has the value of ReSearch (arXiv 2503.19470, table 4), whose tags and metrics it
+    shares. Where a value comes from a paper or is our choice, the comment says so in brackets. All methods
+    have the same defaults, so that two runs differ in the method alone."""
 
     # what is trained, how, on what
-    method: str = (
-        "sem"  # sem, ssrl, search-r1, research or zerosearch: prompt, reward, who writes the results
-    )
+    method: str = "sem"  # sem, ssrl, search-r1, research, zerosearch: prompt, reward, who writes the results
     reward: str = ""  # in place of the method's reward: a name of reward.REWARDS, such as otc or flat
     model: str = ""  # hub id or directory of the start model; none: the toy world (SEM: Qwen2.5-7B-Instruct)
     train: str = "musique,mmlu"  # data sets in equal shares: name (hub), name:path, or a JSONL path (SEM)
@@ -51,10 +49,10 @@ class Config:
     num_generations: int = 5  # episodes of each question, the group size G (ReSearch)
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained on (ReSearch)
     max_completion_length: int = 8192  # tokens after the prompt, results included (ReSearch)
-    max_searches: int = 4  # searches an episode may make (Search-R1, arXiv 2503.09516; ReSearch: any number)
+    max_searches: int = 4  # results and reminders that an episode may get (Search-R1, arXiv 2503.09516)
     topk: int = 5  # documents a search returns (ReSearch)
     max_doc_tokens: int = 512  # tokens that each document is cut to (our choice)
-    rollout_slots: int = 0  # episodes sampled at once; 0: from free memory, computed once (our choice)
+    rollout_slots: int = 0  # episodes sampled at once; 0: what fits the memory, computed once (our choice)
     cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs (our choice)
     simulator: str = ""  # zerosearch: hub id or directory of a model that plays the engine; none: the corpus
     noise_start: float = 0.0  # zerosearch: share of noisy results at the start (ZeroSearch, arXiv 2505.04588)
@@ -72,9 +70,11 @@ class Config:
     max_steps: int = 200  # training steps (SEM)
     learning_rate: float = 1e-6  # of AdamW on fp32 weights; it is too small to move bf16 weights (ReSearch)
     warmup_steps: int = 10  # linear warm-up, then constant (our choice)
-    weight_decay: float = 0.01  # (ReSearch's framework, verl); at a rate of 1e-6 fp32 rounding swallows it
-    max_grad_norm: float = 1.0  # gradient clipping (ReSearch's framework, verl)
-    micro_batch_tokens: int = 0  # padded tokens of one pass; 0: from free memory, computed once (our choice)
+    weight_decay: float = 0.01  # of AdamW; at a learning rate of 1e-6 it is lost in rounding (verl's value)
+    max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (verl, ReSearch's framework)
+    micro_batch_tokens: int = (
+        0  # padded tokens of one pass; 0: what fits the memory, computed once (our choice)
+    )
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     bf16: bool | None = None  # bf16 autocast, and sampling from a bf16 copy; none: yes on a GPU, no on a CPU
     # files
@@ -88,7 +88,7 @@ class Config:
         return {name: getattr(self, name) for name in names}
 
 
-TOY = {  # the defaults in the toy world that differ from those above, because the world is small
+TOY = {  # defaults of the toy world; they differ from those above because the world is small
     "train": "known,composed,unknown",
     "eval": "known_train,known_heldout,composed,unknown,two_hop,arithmetic",
     "output_dir": "out/toy",
@@ -177,7 +177,7 @@ def check_writable(path: Path, flag: str) -> Path:
     created in it."""
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"{flag} {path}: {nearest} is no directory that can be written to")
+        raise InputError(f"{flag} {path}: {nearest} is not a directory that can be written to")
     return nearest
 
 
@@ -221,7 +221,7 @@ def parse(cls, program: str, argv: list[str] | None = None, **alternatives: dict
     hints, notes = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         types = *typing.get_args(hints[field.name]), hints[field.name]
-        kind = next(t for t in types if t is not type(None))  # of `float | None` it is float
+        kind = next(t for t in types if t is not type(None))  # float for `float | None`
         other = "".join(f"; {name}: {d[field.name]}" for name, d in alternatives.items() if field.name in d)
         text = f"{notes.get(field.name, '')} [{field.default}{other}]".replace("%", "%%").strip()
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}

@@ -33,12 +33,12 @@ class InputError(ValueError):
 class Question:
     id: str
     text: str
-    answers: list[str]  # any of them is right; of a multiple-choice question the letter of the right option
+    answers: list[str]  # any of them is right; for a multiple-choice question the letter of the right option
     source: str  # name of the data set; the mix is balanced by it, and metrics are reported for each
     choices: list[str] | None = None  # the options of a multiple-choice question, A first
 
     def answer_texts(self) -> list[str]:
-        """The answers in words: of a multiple-choice question the text of the right option."""
+        """The answers in words: for a multiple-choice question the text of the right option."""
         return [self.choices[ord(a) - 65] for a in self.answers] if self.choices else self.answers
 
 
@@ -61,13 +61,13 @@ class Segment:
 
     kind: str
     ids: list[int]
-    text: str  # the decoded ids; of a model segment without its end token
+    text: str  # the decoded ids, without the end token
 
 
 @dataclass
 class Episode:
-    """One rollout, exact to the token. `ids` are the ids of all segments in order. They are the sampled ids:
-    nothing in them was ever decoded and encoded again."""
+    """One rollout. `ids` are the ids of all segments in order. They are exactly the ids that were sampled,
+    and those that the environment added: none of them was decoded to text and encoded again."""
 
     question: Question
     prompt_ids: list[int]
@@ -215,7 +215,7 @@ _SETS = {  # name: repository on the hub, parser of a row, what to give if the h
     "musique": ("dgslibisey/MuSiQue", _musique, "the official JSONL file"),
     "mmlu": ("cais/mmlu", _mmlu, "the official CSV folder"),
     "hotpotqa": ("hotpotqa/hotpot_qa", _two_hop, "the official JSON file"),
-    "2wikimultihopqa": (FLASHRAG, _two_hop, "the official JSON file"),  # 15,000 of the training rows
+    "2wikimultihopqa": (FLASHRAG, _two_hop, "the official JSON file"),  # this copy has 15,000 training rows
     "gsm8k": ("openai/gsm8k", _gsm8k, "the official JSONL file"),
     "nq": (FLASHRAG, _flashrag, "a FlashRAG JSONL file"),
     "triviaqa": (FLASHRAG, _flashrag, "a FlashRAG JSONL file"),
@@ -378,7 +378,7 @@ def _json(text: str, file: Path, line: int):
         if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, but no tokenizer accepts it
             json.dumps(value, ensure_ascii=False).encode()
         return value
-    except (ValueError, RecursionError) as e:  # malformed, a half pair, 5,000 digits; deep nesting
+    except (ValueError, RecursionError) as e:  # malformed, half a pair, a number too long, nested too deep
         line += getattr(e, "lineno", 1) - 1
         raise InputError(f"{file}:{line}: not JSON: {getattr(e, 'msg', e)}") from e
 

@@ -38,14 +38,15 @@ from simulator import noise
 # GRPO (arXiv 2402.03300) in four sentences. Sample G episodes of the same question. The advantage of an
 # episode is how much better its reward is than the mean of its group, so no value network is needed. Every
 # token that the policy chose becomes more probable if the advantage is positive, and less probable if it is
-# negative. Two terms keep the policy from changing too fast: the ratio p_now / p_old is clipped, and a KL
+# negative. Two devices keep the policy from changing too fast: the ratio p_now / p_old is clipped, and a KL
 # term pulls the policy towards the start model.
 #
-# The value of the loss says little. In the first pass over a batch p_now = p_old, so every ratio is 1 and the
-# loss is -sum_i sum_t scale_it A_i plus beta times the KL, which is 0 in the first step. With loss_type grpo
-# every episode has the same total weight, and the advantages of a group sum to 0, so the loss is 0 too. With
-# dapo and dr_grpo a long episode weighs more than a short one, so the loss is not 0. In all three cases the
-# gradient trains the policy: at each token it is -A times the gradient of log p_now, and these do not cancel.
+# The value of the loss says little. In the first pass over a batch p_now = p_old, so every ratio is 1, and
+# the loss is -sum_i sum_t scale_it A_i plus beta times the KL, which is 0 in the first step of a run. With
+# loss_type grpo every episode has the same total weight, and the advantages of a group sum to 0, so the first
+# sum is 0. With dapo and dr_grpo a long episode weighs more than a short one, so it is not 0. In all three
+# cases the gradient trains the policy: at each token it is -A times the gradient of log p_now, and these
+# gradients do not cancel.
 
 
 def advantages(rewards: torch.Tensor, counted: torch.Tensor, loss_type: str) -> torch.Tensor:
@@ -54,7 +55,8 @@ def advantages(rewards: torch.Tensor, counted: torch.Tensor, loss_type: str) -> 
 
     The standard deviation is unbiased. Where all rewards of a group are equal (max - min < 1e-6) the result
     is exactly 0, because a division by a tiny std would amplify rounding. Episodes that are not `counted`
-    (their search failed) enter no mean and get 0. So does a group with fewer than two counted episodes."""
+    (their search failed) enter no mean and get 0. In a group with fewer than two counted episodes every
+    advantage is 0."""
     result = torch.zeros(rewards.shape, dtype=torch.float64)
     for i, (group, mask) in enumerate(zip(rewards.double(), counted, strict=True)):
         r = group[mask]
@@ -67,9 +69,10 @@ def advantages(rewards: torch.Tensor, counted: torch.Tensor, loss_type: str) -> 
 def token_scale(lengths: list[int], loss_type: str, max_completion_length: int) -> list[float]:
     """The weight of each token of an episode in the loss, for every episode i with |o_i| policy tokens.
 
-        grpo     1 / (episodes * |o_i|)                        every episode weighs the same
-        dapo     1 / sum of all |o_i|                          every token weighs the same (arXiv 2503.14476)
-        dr_grpo  1 / (episodes * max_completion_length)        the same, by a constant (arXiv 2503.20783)
+        grpo     1 / (episodes * |o_i|)                   every episode weighs the same
+        dapo     1 / sum of all |o_i|                     every token weighs the same (arXiv 2503.14476)
+        dr_grpo  1 / (episodes * max_completion_length)   every token weighs the same, in every step, however
+                                                          long the episodes are (arXiv 2503.20783)
 
     The weights are computed for the whole step, before it is cut into micro-batches. Normalising each
     micro-batch by itself would make the gradient depend on the cut. InputError: an unknown loss type."""
@@ -83,18 +86,18 @@ def token_scale(lengths: list[int], loss_type: str, max_completion_length: int) 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# a batch, and the two functions through which training reads the model
+# a batch, its loss and its log-probs: nothing else in this file calls the model
 
 
 @dataclass
 class Batch:
-    """One micro-batch: padded token ids, and its N loss tokens as flat lists."""
+    """One micro-batch: the padded token ids of its rows, and one entry for each of its N loss tokens."""
 
-    ids: torch.Tensor  # [rows, width] int64; padded on the right, where under causal attention nobody sees it
-    row: torch.Tensor  # [N] int64: the row of the loss token
-    position: torch.Tensor  # [N] int64: the position whose hidden state predicts it, one before its own
-    target: torch.Tensor  # [N] int64: its id
-    advantage: torch.Tensor  # [N] fp32: of its episode
+    ids: torch.Tensor  # [rows, width] int64, padded on the right, to which no token attends (causal mask)
+    row: torch.Tensor  # [N] int64: the row of the token
+    position: torch.Tensor  # [N] int64: the position before the token, whose hidden state predicts it
+    target: torch.Tensor  # [N] int64: the id of the token
+    advantage: torch.Tensor  # [N] fp32: the advantage of its episode
     scale: torch.Tensor  # [N] fp32: its weight in the loss, from token_scale
     sampled_logps: torch.Tensor  # [N] fp32: its log-prob as the sampler saw it; only logged, see `update`
     old_logps: torch.Tensor | None = None  # [N] fp32: before the first update; None: the present ones
@@ -104,8 +107,8 @@ class Batch:
 def make_batches(episodes: list[Episode], advantage: list[float], config: Config, device) -> list[Batch]:
     """Cuts the episodes of a step into micro-batches of similar lengths.
 
-    An episode without a loss token is in no micro-batch, but it counts in the normaliser. (A policy that
-    writes its own search results may have written nothing else.)"""
+    An episode without a loss token is in no micro-batch, but it counts in the denominators of token_scale.
+    (In SSRL an episode can consist of a masked result alone.)"""
     scale = token_scale([e.policy_tokens for e in episodes], config.loss_type, config.max_completion_length)
     # the last id is left out, because nothing is predicted from it
     sequences = [(i, (e.prompt_ids + e.ids)[:-1]) for i, e in enumerate(episodes) if any(e.loss_mask)]
@@ -126,8 +129,9 @@ def make_batches(episodes: list[Episode], advantage: list[float], config: Config
 
 
 def hidden_states(model, batch: Batch, bf16: bool) -> torch.Tensor:
-    """[N, H]: the hidden states at the loss positions. The head is applied to these alone, because logits of
-    all tokens at once would not fit the memory: 8,192 tokens of 151,936 logits in fp32 are 5 GB."""
+    """[N, H]: the hidden states at the loss positions. Only these are predicted, so the head is applied to
+    these alone. kernels/ does that in chunks, because the logits of all tokens of a batch would be its
+    largest tensor: 8,192 tokens with 151,936 logits in fp32 are 5 GB."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [rows, width, H]
     hidden = hidden[batch.row, batch.position]
@@ -164,13 +168,13 @@ def token_logps(model, batch: Batch, config: Config, vocab_size: int) -> torch.T
 def update(
     model, reference, optimizer, batches: list[Batch], config: Config, lr: float, vocab_size: int
 ) -> dict[str, float]:
-    """Makes `num_iterations` optimizer steps on one batch of episodes, each on all its micro-batches. Returns
-    metrics.
+    """Makes `num_iterations` optimizer steps on one batch of episodes, each on all its micro-batches. A step
+    whose gradient is not finite is left out. Returns metrics.
 
-    The old log-probs, which the ratio compares with, are those that the first iteration computes, since all
-    its micro-batches see the same weights. They are not the log-probs of the sampler: it computes them along
-    another path (through the cache, on a GPU in bf16), so its rounding would enter every ratio, and a ratio
-    that should be 1 would not be. How far the two are apart is logged as sampler_logp_diff.
+    The old log-probs are those before the first update. The first iteration computes them, because all its
+    micro-batches see the same weights. The log-probs of the sampler are not used in their place: it computes
+    them along another path (through the cache, on a GPU in bf16), so its rounding would enter every ratio,
+    and a ratio that should be 1 would not be. How far the two are apart is logged as sampler_logp_diff.
 
     The metrics of the first iteration have plain names (loss, grad_norm, entropy, kl, clip_ratio/*,
     sampler_logp_diff/*), those of iteration 2 begin with iteration_2/, and so on."""
@@ -250,9 +254,9 @@ def train_step(run: Run) -> dict[str, float]:
     advantage = advantages(rewards, torch.tensor(counted).view(-1, size), config.loss_type).flatten().tolist()
 
     metrics = step_metrics(episodes, parts, size, config.tau) | counts
-    kept = [i for i in range(len(episodes)) if counted[i]]
+    trained = [i for i in range(len(episodes)) if counted[i]]
     batches = make_batches(
-        [episodes[i] for i in kept], [advantage[i] for i in kept], config, run.model.device
+        [episodes[i] for i in trained], [advantage[i] for i in trained], config, run.model.device
     )
     lr = config.learning_rate * min(1.0, (run.step + 1) / max(1, config.warmup_steps))
     if batches:
@@ -270,10 +274,11 @@ def train_step(run: Run) -> dict[str, float]:
 
 
 def train(run: Run) -> int:
-    """The training loop. Returns the exit code: 0, or 130 if a signal stopped it."""
+    """The training loop. Returns the exit code: 0, or 130 if a signal stopped it. Raises InputError if the
+    retriever is down, if no gradient is finite, and if the GPU's memory is too small."""
     config = run.config
     bar = tqdm(total=config.max_steps, initial=run.step, desc="grpo", file=sys.stderr)
-    without_gradient = without_retriever = 0  # such steps in a row
+    without_gradient = without_retriever = 0  # consecutive steps without a gradient, a working retriever
     with bar, Signals() as signals:
         try:
             while run.step < config.max_steps:
@@ -282,8 +287,8 @@ def train(run: Run) -> int:
                 shown = [f"search {source} {ratio:.2f}" for source, ratio in ratios.items()]
                 bar.set_postfix_str(", ".join([f"reward {metrics['reward']:.3f}", *shown]))
                 bar.update()
-                failed = metrics["tools/failure_frequency"]  # both are per episode
-                answered = metrics["tools/call_frequency"] * (1 - failed)
+                failed = metrics["tools/failure_frequency"]  # failed searches per episode
+                answered = metrics["tools/call_frequency"] * (1 - failed)  # answered searches per episode
                 if failed or answered:  # a step without any search says nothing about the retriever
                     without_retriever = without_retriever + 1 if failed > answered else 0
                 if without_retriever == 3:
@@ -313,7 +318,7 @@ def train(run: Run) -> int:
 
 
 def warn(metrics: dict) -> bool:
-    """Warns of a step that taught little or nothing. Returns true if the weights did not move."""
+    """Warns of a step that taught little or nothing. Returns whether it had no finite gradient."""
     if metrics["completions/clipped_ratio"] > 0.5:
         tqdm.write("warning: more than half of the episodes ran out of tokens; raise --max_completion_length")
     if metrics["frac_reward_zero_std"] == 1:
@@ -335,7 +340,7 @@ def main(config: Config, given: set[str]) -> int:
 
 
 def program(name: str = "grpo.py"):
-    """The command line. A file that adds a method or a reward of its own calls this with its own name."""
+    """The command line. A file that adds a method or a reward calls this too, with the name of that file."""
     config, given = parse(Config, name, toy=TOY)
     try:
         sys.exit(main(config, given))

@@ -123,10 +123,11 @@ def _forbidden(tokenizer, template: Template) -> tuple[re.Pattern, frozenset[int
 
 def neutralise(text: str, tokenizer, template: Template) -> str:
     """Returns `text` with a space after the first character of every tag of the template and of every added
-    token of the tokenizer, so that it can neither close a tag nor become a special token.
+    token of the tokenizer, so that it can neither close a tag nor become a special token. A text that holds
+    such a tag or token is also normalised (NFKC), and loses its invisible characters.
 
     The tokenizer option `split_special_tokens=True` is not enough for this. It covers only tokens that are
-    marked as special, and Qwen2.5 keeps <tool_call> and <|fim_prefix|>, Phi-3 keeps </s>."""
+    marked as special, so <tool_call> of Qwen2.5 and </s> of Phi-3 would still become single tokens."""
     pattern, _ = _forbidden(tokenizer, template)
     # A tokenizer may normalise its input: full-width letters become ASCII, and characters without width
     # disappear. So a tag is looked for in the text as the tokenizer may see it.
@@ -175,8 +176,8 @@ def render(template: Template, question: Question, tokenizer) -> list[int]:
     """Token ids of a prompt: the template's system prompt and the question, through the tokenizer's own chat
     template.
 
-    This is done once in an episode. To render the conversation again at a later turn is unsafe: some chat
-    templates drop the thoughts of earlier turns, and the ids would no longer be the sampled ones."""
+    This is done once in an episode. Rendering the conversation again at a later turn would be unsafe: some
+    chat templates drop the thoughts of earlier turns, and the ids would no longer be the sampled ones."""
     options = (f"\n{chr(65 + i)}. {choice}" for i, choice in enumerate(question.choices or []))
     text = neutralise(question.text + "".join(options), tokenizer, template)
     apply = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)

@@ -1,21 +1,22 @@
-"""Batched sampling through the search loop: questions in, episodes out, exact to the token. There is no call
-of `generate`, and no text is tokenised or prefilled a second time.
+"""Batched sampling through the search loop: questions in, episodes out. Each episode keeps exactly the token
+ids that were sampled. There is no call of `generate`, and no text is tokenised or prefilled a second time.
 
-The picture shows two groups of two rows, with a cache that has two slots. Columns are tokens, not to scale.
+The picture shows two groups of two rows and a cache with two slots. Time runs to the right, not to scale.
 
-    row 0   PPPP think.. answer.. search.. ~~~~ RRRR think.. answer.. <eos>
-    slot    0000 0000000000000000000000000 1111 1111 0000000000000000000000
-    mask    0000 1111111111111111111111111      0000 1111111111111111111111
-    row 1   pppp think.. answer.. think.. answer.. <eos>
-    slot    1111 1111111111111111111111111 0000000000000
-    row 2                                                                   PPPP think..
+    row 0   PPPP think.. answer.. search.. ~~~~~~~~~~~ RRRR think.. answer.. <eos>
+    slot    0000 0000000000000000000000000 11111111111 1111 0000000000000000000000
+    mask    0000 1111111111111111111111111             0000 1111111111111111111111
+    row 1   pppp think.......... answer.......... <eos>
+    slot    1111 1111111111111111111111111 00000000000
+    row 2                                               (waits until both slots are free)
 
     P  a prompt, prefilled once for the group      p  its copy, from the slot of row 0
-    R  a search result, appended by one prefill    ~  the row waits, and has left slot 0 to a row that decodes
+    R  a search result, appended by a prefill      ~  the row waits; it has left slot 0 to a row that decodes
     mask  1 where the policy chose the token and is trained on it
 
-There is no left padding: every row has its own positions in the cache, so rows of unlike lengths need none.
-Prompts and results are padded on the right inside one prefill, and a row's tokens do not depend on the batch.
+There is no left padding: every row has its own positions in the cache, so rows of different lengths need
+none. Inside one prefill, chunks of different lengths are padded on the right. What is sampled in a row does
+not depend on its slot or on the other rows, except through the rounding of sums.
 
 Every episode ends for one of these reasons (`Episode.stop`):
 
@@ -25,8 +26,8 @@ Every episode ends for one of these reasons (`Episode.stop`):
     answer          </answer>, where the template says that it ends the episode
 
 Sampling is softmax(logits / temperature) over the tokenizer's vocabulary and nothing else: no top-k, no
-penalty, and no generation_config of a checkpoint. Each row has its own stream of random numbers, keyed by
-(seed, step, row), with one number for each token. So what it samples does not depend on its slot or batch.
+penalty, and of a checkpoint's generation_config only the end tokens. Each row has its own stream of random
+numbers, keyed by (seed, step, row), with one number for each token.
 
     episodes = rollout(model, tokenizer, SEM, questions, group_size=8, retriever=BM25(docs))
 """
@@ -49,10 +50,10 @@ from prompts import Template, encode_result, render
 from retriever import RetrieverError
 from runner import ModelRunner, SlotCache
 
-SERVE_EVERY = (
-    8  # decode steps between two searches; a number of steps, not a time, so that runs are repeatable
-)
-PREFILL_TOKENS = 16384  # padded tokens of one prefill, which bounds the memory of its activations
+# Decode steps between two looks at the rows that wait, because one search for several rows is cheaper than one
+# for each. It is a number of steps and not a time, so that runs can be repeated.
+SERVE_EVERY = 8
+PREFILL_TOKENS = 16384  # padded tokens of one prefill; this bounds the memory of its activations
 
 
 @dataclass(eq=False)
@@ -90,10 +91,12 @@ def rollout(
                     RetrieverError. With the attribute `simulates` it gets the questions as a third argument;
                     with `remote` it is called in a thread while the other rows go on. Without a retriever
                     any search is beyond the budget.
-    max_searches    Where the model writes its own results (`template.self_search`) and there is a retriever,
-                    so many of them are replaced by real ones (Sim2Real of SSRL, arXiv 2508.10874).
-    entropy_guided  Of these, only the first, and those whose query was less certain than the one before.
-    slots           Rows in flight at once, in whole groups; default: all.
+    max_searches    Results and reminders that the environment adds to an episode at most. Where the model
+                    writes its own results (`template.self_search`) and there is a retriever, that many of
+                    them are replaced by real ones (Sim2Real of SSRL, arXiv 2508.10874).
+    entropy_guided  A real result replaces only the first one, and those whose query is less certain than the
+                    query before (SSRL).
+    slots           Rows that are sampled at once, in whole groups; default: all.
     cuda_graphs     On a GPU, decode steps are CUDA graphs.
     force_search    Adds <search> after the first answer, or after the first thought where the template has
                     no draft. These tokens are not the policy's.
@@ -201,8 +204,9 @@ class SearchLoop:
             )
 
     def serve(self, waiting: list[int], all_wait: bool):
-        """Searches for all rows that have a query, in one call, and then appends the replies to all rows that
-        have one, as one ragged prefill. `all_wait`: no row is left to decode meanwhile."""
+        """Searches for the rows that have a query, in one call, which for a remote retriever runs in a
+        thread. Then appends the replies that have arrived; replies of similar lengths share a prefill.
+        `all_wait`: no row is left that could decode meanwhile."""
         searching = [self.table[slot] for slot in waiting if self.table[slot].query is not None]
         if getattr(self.retriever, "remote", False):
             results = self.search_in_thread(searching, all_wait and len(searching) == len(waiting))
@@ -302,10 +306,11 @@ class SearchLoop:
                 self.finish(row, "length")
 
     def handle_tag(self, row: Row):
-        """The row's last token contains ">" and so may have completed a tag; acts on the tags that matter.
+        """Called when the row's last token contains ">". Acts on the tag that the token completed, if any.
 
-        A token can hold more than the end of a tag: ">." is one token of Qwen2.5. It was sampled as a whole
-        and stays as a whole, and the reply follows it. Only the text before the tag is read as the query."""
+        A token can hold more than the end of a tag: ">." is one token of Qwen2.5. Such a token stays in the
+        episode as it was sampled, and is trained on; the reply follows it. What it holds after the tag is no
+        part of the query, and reward.parse_episode does not count it as a mistake."""
         t = self.template
         if t.self_search:
             self.mask_result(row)
@@ -331,8 +336,8 @@ class SearchLoop:
         return 0 if tag in decode(self.tokenizer, tail[-n:-1]) else n
 
     def mask_result(self, row: Row):
-        """Takes a result block that the model writes itself out of the loss (SSRL, arXiv 2508.10874): its
-        tags and every token with a character inside it. A block that is never closed goes on to the end."""
+        """Excludes a result block that the model writes itself from the loss (SSRL, arXiv 2508.10874): its
+        tags, and every token with a character inside it. A block that is never closed goes on to the end."""
         if row.in_result:
             row.in_result = not self.completes(row, f"</{self.template.result}>")
         elif n := self.completes(row, f"<{self.template.result}>"):
@@ -344,7 +349,7 @@ class SearchLoop:
         t = self.template
         closing = f"</{t.search}>"
         before = decode(self.tokenizer, row.sampled).rpartition(closing)[0]
-        _, earlier, before = before.rpartition(closing)  # an earlier query was left to the model to answer
+        _, earlier, before = before.rpartition(closing)  # SSRL: an earlier query, already answered
         _, opening, query = before.rpartition(f"<{t.search}>")
         segments = row.episode.segments
         if segments and segments[-1].kind == "forced" and not opening and not earlier:
@@ -363,8 +368,8 @@ class SearchLoop:
             row.query = query
 
     def is_less_certain(self, row: Row) -> bool:
-        """Whether the row's query is its first, or less certain than the one before (entropy-guided search of
-        SSRL, arXiv 2508.10874).
+        """Whether the row's query is its first, or less certain than its query before (entropy-guided search
+        of SSRL, arXiv 2508.10874). Keeps the uncertainty for the next call.
 
         Uncertainty is the mean of -p log2 p over the tokens of the query and its tags, where p is the
         probability of the sampled token."""
@@ -421,7 +426,7 @@ def next_uniforms(rows: list[Row]) -> list[float]:
 
 
 def uniform_stream(n: int, seed: int, step: int, row: int) -> list[float]:
-    """The random stream of one row: `n` numbers in [0, 1), whatever else is in the batch."""
+    """The random stream of one row: `n` numbers in [0, 1). It depends on no other row."""
     key = int.from_bytes(hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=7).digest(), "big")
     return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(key)).tolist()
 
@@ -444,8 +449,8 @@ def by_tokens(items: list[tuple], budget: int = PREFILL_TOKENS) -> list[list[tup
 
 @lru_cache(maxsize=8)
 def closing_ids(tokenizer) -> frozenset[int]:
-    """Ids of the tokens that contain ">". Only these can complete a tag, so that nothing has to be decoded
-    after any other token."""
+    """Ids of the tokens that contain ">". Only these can complete a tag, so nothing has to be decoded after
+    any other token."""
     return frozenset(i for token, i in tokenizer.get_vocab().items() if ">" in token)
 
 
@@ -460,7 +465,8 @@ def end_ids(model, tokenizer) -> set[int]:
 
 
 def room(model, prompt: list[int], question: Question, max_completion_length: int) -> int:
-    """How many tokens fit after a prompt: the budget, or what is left of the model's context."""
+    """How many tokens fit after a prompt: the budget, or what is left of the model's context if that is less.
+    Raises InputError if nothing is left."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if len(prompt) >= context:
         where = f"question {question.id} of {question.source}"

@@ -19,10 +19,12 @@ The directory (--output_dir) holds
 Resuming is exact on a CPU: N steps give the same weights and metrics, bit for bit, as k steps, a stop, and
 the other N - k steps. This rests on four things. The questions and the random numbers of a step are functions
 of (seed, step). A checkpoint holds the fp32 weights and the whole state of AdamW. The reference is loaded
-from the start model, never from a checkpoint. And sizes that are derived from free memory are derived once
-and stored. Resuming is not exact on a GPU, which adds in no fixed order; with a remote retriever, whose
-answers come at no fixed time; or with another --rollout_slots or --micro_batch_tokens than before, since
-these change how sums are rounded.
+from the start model, never from a checkpoint. Sizes that depend on free memory are computed once and stored
+in run.json.
+
+Resuming is not exact in three cases. A GPU does not add in a fixed order. The answers of a remote retriever
+come at no fixed time, so other rows share a batch. And another --rollout_slots or --micro_batch_tokens than
+before changes how sums are rounded.
 """
 
 from __future__ import annotations
@@ -59,11 +61,11 @@ from simulator import CorpusSimulator, ModelSimulator
 class Signals:
     """What SIGINT and SIGTERM do during training; a context manager that installs the handlers.
 
-    The first signal stops the run when nothing is half done. Before the weights move it raises
-    KeyboardInterrupt at once: the step under way is dropped, because a step of a large model takes minutes,
-    and schedulers wait 30 seconds. From `hold` to `release`, that is from the first change of the weights
-    until the step is recorded, it waits. A second signal ends the program at once. Only the writing of a
-    checkpoint is always finished first."""
+    The first signal stops the run at a point where no step is half done. If the weights have not changed yet,
+    it raises KeyboardInterrupt at once and the step under way is dropped, because a step of a large model
+    takes minutes and schedulers wait 30 seconds. From `hold` to `release` it waits: that is from the first
+    change of the weights until the step is recorded and its checkpoint, if one is due, is written. A second
+    signal ends the program at once, unless a checkpoint is being written, which is always completed."""
 
     installed: Signals | None = None
 
@@ -110,8 +112,10 @@ def hold_signals():
 
 
 def resolve(config: Config, given: set[str]) -> Config:
-    """Adds what the command line leaves open: the settings of the run that --resume continues, or the toy
-    world, which is built if need be. `given` are the flags of the command line. Raises InputError."""
+    """Returns the complete, checked settings: with --resume those of the stored run, without --model those of
+    the toy world, which is built if it is not there. `given` are the flags of the command line. Raises
+    InputError for values that make no sense, and for an --output_dir that holds a run or cannot be written
+    to."""
     toy_run = not config.model
     if toy_run and "output_dir" not in given:
         name = "" if config.method == "sem" else f"-{config.method}"
@@ -185,8 +189,8 @@ def with_toy_world(config: Config) -> Config:
 
 
 class Run:
-    """Everything that a run holds. Training changes only the weights, the optimizer's state and `step`, the
-    number of finished steps."""
+    """The settings, data sets, models and optimizer of a run. Of these training changes the weights, the
+    optimizer's state, and `step`, the number of finished steps."""
 
     def __init__(self, config: Config):
         self.config, self.step, self.progress = config, 0, sys.stderr.isatty()
@@ -236,8 +240,9 @@ class Run:
             self.train_retriever = CorpusSimulator(self.eval_retriever, config.seed)
 
     def resolve_sizes(self, device: str, longest: int):
-        """Fills in the sizes that depend on free memory, once: a resumed run finds them in run.json. Raises
-        InputError if the model and one group of episodes do not fit the GPU."""
+        """Fills in the sizes of a pass and of the cache, once: a resumed run finds them in run.json. On a GPU
+        they follow from the free memory; on a CPU they are constants, and a small model gets one thread.
+        Raises InputError if the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
         length = longest + c.max_completion_length
@@ -247,20 +252,22 @@ class Run:
             reserved = (14 if c.bf16 else 12) * parameters + (2 << 30)
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
         elif parameters < 1e7:
-            # a second thread saves a third of the time on a quiet machine, and multiplies it on a busy one
+            # a second thread saves a third of the time, but makes a busy machine several times slower
             torch.set_num_threads(1)
-        # rough estimates in bytes: the activations of a token, the cache of a row
-        token = text.num_hidden_layers * text.hidden_size * (4 if c.gradient_checkpointing else 80)
-        row = length * kv_bytes(self.model.config, torch.bfloat16 if c.bf16 else torch.float32)
-        if device == "cuda" and max(token * length, row * c.num_generations) > memory:
+        # rough estimates in bytes
+        layer_factor = 4 if c.gradient_checkpointing else 80
+        token_activations = text.num_hidden_layers * text.hidden_size * layer_factor
+        row_cache = length * kv_bytes(self.model.config, torch.bfloat16 if c.bf16 else torch.float32)
+        if device == "cuda" and max(token_activations * length, row_cache * c.num_generations) > memory:
             size = f"{parameters / 1e9:.1f} B parameters and one group of {length} tokens"
             advice = "try --gradient_checkpointing or a smaller --max_completion_length"
             raise InputError(f"{size} do not fit this GPU: {advice}")
         rows = c.prompts_per_step * c.num_generations
         self.config = replace(
             c,
-            micro_batch_tokens=c.micro_batch_tokens or max(1, min(most_tokens, int(memory / 2 / token))),
-            rollout_slots=c.rollout_slots or min(rows, max(c.num_generations, int(memory / 2 / row))),
+            micro_batch_tokens=c.micro_batch_tokens
+            or max(1, min(most_tokens, int(memory / 2 / token_activations))),
+            rollout_slots=c.rollout_slots or min(rows, max(c.num_generations, int(memory / 2 / row_cache))),
         )
 
     def sync_sampling_model(self):
@@ -272,10 +279,11 @@ class Run:
     # the beginning and the end
 
     def start(self):
-        """Creates the directory, or loads the newest checkpoint, and evaluates the start model."""
+        """Checks the disk space and writes run.json. With --resume it loads the newest checkpoint. At step 0
+        it evaluates the start model."""
         config = self.config
-        # fp32 weights and two moments for each checkpoint, of which one more exists while it is written, and
-        # the final weights
+        # 12 bytes a parameter for each checkpoint (fp32 weights, two moments), where one more than the limit
+        # exists during a save, and 4 for the final weights
         to_come = config.save_total_limit + 1 - len(checkpoints(self.out))
         space = (12 * max(1, to_come) + 4) * sum(p.numel() for p in self.model.parameters())
         if (free := shutil.disk_usage(check_writable(self.out, "--output_dir")).free) < space:
@@ -313,8 +321,8 @@ class Run:
         replace_text(self.out / "eval.json", json.dumps(self.tables, indent=1))
 
     def load_tables(self) -> dict:
-        """{"before": table} from eval.json. {}, with a warning, if the file is cut short or evaluate.py wrote
-        it."""
+        """The stored evaluation before training, {"before": table}, or {} if there is none for these data
+        sets. Warns of a file that is cut short, or that evaluate.py wrote."""
         if not (path := self.out / "eval.json").exists():
             return {}
         try:
@@ -322,10 +330,10 @@ class Run:
             same_sets = self.eval_sets.keys() == tables["before"].keys()
             return {"before": tables["before"]} if same_sets else {}
         except (ValueError, KeyError, TypeError, AttributeError):
-            tqdm.write(f"warning: {path} is no table of this program; it will be replaced")
+            tqdm.write(f"warning: {path} is not a table of this program; it will be replaced")
             return {}
 
-    # logs; a full disk costs a warning, not the run
+    # logs: if the disk is full, a warning is printed and the run goes on
 
     def record(self, metrics: dict, episodes: list[Episode], parts: list[dict], advantage: list[float]):
         """Counts the step as finished and logs it. A signal waits until `Signals.release`."""
@@ -358,9 +366,8 @@ class Run:
     # checkpoints
 
     def save_checkpoint(self):
-        """Writes checkpoint-N/ completely or not at all: under another name first, flushed to the disk, and
-        then renamed. Only after that older ones are removed. If it cannot be written, training goes on with a
-        warning."""
+        """Writes checkpoint-N/ completely or not at all: first under another name, then flushed to the disk,
+        then renamed. Only after that are older ones removed. Prints a warning if it cannot be written."""
         final = self.out / f"checkpoint-{self.step}"
         temporary = self.out / f"checkpoint-{self.step}.tmp"
         if final.exists() or self.step == 0:
@@ -383,7 +390,7 @@ class Run:
                 shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            tqdm.write(f"warning: {final} was not written, training goes on: {error}")
+            tqdm.write(f"warning: {final} was not written: {error}")
         finally:
             if Signals.installed:
                 Signals.installed.writing = False
