@@ -52,7 +52,7 @@ class Config:
     max_searches: int = 4  # results and reminders that an episode may get (Search-R1, arXiv 2503.09516)
     topk: int = 5  # documents a search returns (ReSearch)
     max_doc_tokens: int = 512  # tokens that each document is cut to (our choice)
-    rollout_slots: int = 0  # episodes sampled at once; 0: what fits the memory, computed once (our choice)
+    rollout_slots: int = 0  # episodes sampled at once; 0: what fits, computed once (our choice)
     cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs (our choice)
     simulator: str = ""  # zerosearch: hub id or directory of a model that plays the engine; none: the corpus
     noise_start: float = 0.0  # zerosearch: share of noisy results at the start (ZeroSearch, arXiv 2505.04588)
@@ -72,9 +72,7 @@ class Config:
     warmup_steps: int = 10  # linear warm-up, then constant (our choice)
     weight_decay: float = 0.01  # of AdamW; at a learning rate of 1e-6 it is lost in rounding (verl's value)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (verl, ReSearch's framework)
-    micro_batch_tokens: int = (
-        0  # padded tokens of one pass; 0: what fits the memory, computed once (our choice)
-    )
+    micro_batch_tokens: int = 0  # padded tokens of one pass; 0: what fits, computed once (our choice)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     bf16: bool | None = None  # bf16 autocast, and sampling from a bf16 copy; none: yes on a GPU, no on a CPU
     # files

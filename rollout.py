@@ -50,8 +50,8 @@ from prompts import Template, encode_result, render
 from retriever import RetrieverError
 from runner import ModelRunner, SlotCache
 
-# Decode steps between two looks at the rows that wait, because one search for several rows is cheaper than one
-# for each. It is a number of steps and not a time, so that runs can be repeated.
+# Decode steps between two looks at the rows that wait: one search for several rows is cheaper than one for
+# each. It is a number of steps and not a time, so that runs can be repeated.
 SERVE_EVERY = 8
 PREFILL_TOKENS = 16384  # padded tokens of one prefill; this bounds the memory of its activations
 
