@@ -12,10 +12,10 @@ The questions of each data set go through the sampler of training, with temperat
     forced        <search> is added after the first answer (or thought), as if the policy always searched
 
 The output is a table on stdout with every measure, its definition, its number of questions and a 95 %
-interval; the same as eval.json, with the ids of the known questions; and every episode in
-eval_transcripts.jsonl. The search ratio of a data set does not show whether a model judges question by
-question, since data sets also differ by their format. For this, read over_search and under_search within a
-data set. What is measured and how is in measures.py.
+interval. eval.json has the same figures, the settings and the ids of the known questions, and
+eval_transcripts.jsonl has every episode. The search ratio of a data set does not show whether a model judges
+question by question, since data sets also differ by their format. For this, read over_search and under_search
+within a data set. What is measured and how is in measures.py.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class Config:
     data: str = ""  # data sets, comma-separated: a name (hub), name:path, or a path to JSONL
     method: str = ""  # the method whose prompt the model was trained on; none: as its run.json says, else sem
     baseline: str = ""  # in place of the method: direct, cot, rag (retrieve once), always (search is forced)
-    real_searches: str = ""  # ssrl: real results in place of its own: the first K, all, or entropy
+    real_searches: str = ""  # ssrl: which searches get real results: the first K, all, or entropy
     corpus: str = ""  # JSONL of {"id", "contents"}; none: the paragraphs that multi-hop sets contain
     retriever: str = ""  # URL of a /retrieve server, in place of a corpus
     topk: int = 5  # documents a search returns (ReSearch, arXiv 2503.19470)
-    max_searches: int = 4  # searches an episode may make (Search-R1, arXiv 2503.09516)
+    max_searches: int = 4  # results and reminders that an episode may get (Search-R1, arXiv 2503.09516)
     max_completion_length: int = 8192  # tokens after the prompt, results included
     max_doc_tokens: int = 512  # tokens that each document is cut to
     eval_size: int = 0  # questions of each set, drawn once; 0: all
     batch_size: int = 64  # episodes sampled at once; fewer need less memory
     cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs
     tau: float = 0.5  # F1 from which a draft counts as right
-    known: str = ""  # eval.json that this program wrote for the base model: over_search on what it knew
+    known: str = ""  # eval.json of the base model: adds over_search_base, on the questions that it knew
     closed_book: bool = True  # also the closed-book and the forced pass: three times the time
     samples: int = 0  # sampled episodes a question for pass@k (SSRL); 0: none
     judge_url: str = ""  # OpenAI-compatible endpoint that judges answers (LJ); the key is in OPENAI_API_KEY
@@ -87,40 +87,41 @@ BASELINES = {"direct": DIRECT, "cot": COT, "rag": RAG}  # "always" has the templ
 def evaluate(
     model, tokenizer, template: Template, sets: dict[str, list[Question]], retriever, *,
     closed_book: bool = False, force: bool = False, samples: int = 0, tau: float = 0.5,
-    log: Callable = lambda name, kind, episodes: None, progress: bool = True, **budget,
+    log: Callable = lambda name, kind, episodes: None, progress: bool = True, **options,
 ) -> dict[str, list[Record]]:  # fmt: skip
-    """Returns {set: one record for each question}. `budget` are arguments of `rollout`, for every pass.
+    """Returns {set: one record for each question}. `options` are further arguments of `rollout`, for every
+    pass.
 
     `closed_book` adds the closed-book pass and, if there is a retriever, the forced pass. `force` forces the
-    search in the normal pass too. `samples` adds so many sampled episodes a question. `log(set, pass,
-    episodes)` is called with the episodes of each pass. Questions whose search failed are left out, with a
-    warning, because a retriever that is down says nothing about the model. InputError: all of them failed."""
+    search in the normal pass too. `samples` adds that many sampled episodes for each question. `log(set,
+    pass, episodes)` is called with the episodes of each pass. Questions whose search failed are left out,
+    with a warning, because a retriever that is down says nothing about the model. InputError: all of them
+    failed."""
     table = {}
     for name, questions in sets.items():
 
-        def run_pass(kind, template, retriever, name=name, questions=questions, **options):
+        def run_pass(kind, template, retriever, name=name, questions=questions, **changed):
             episodes = rollout(
                 model, tokenizer, template, questions, retriever=retriever,
                 progress=f"{name}, {kind}" if progress else None,
-                **{"temperature": 0.0, **budget, **options},
+                **{"temperature": 0.0, **options, **changed},
             )  # fmt: skip
             log(name, kind, episodes)
             return episodes
 
         passes = {"normal": run_pass("normal", template, retriever, force_search=force)}
         if closed_book and template == DIRECT:
-            passes["known"] = passes["normal"]
+            passes["closed-book"] = passes["normal"]
         elif closed_book:
-            passes["known"] = run_pass("closed-book", DIRECT, None)
+            passes["closed-book"] = run_pass("closed-book", DIRECT, None)
         if closed_book and retriever is not None and not template.raw:
-            options = {"force_search": True, "entropy_guided": False}
-            passes["forced"] = (
-                passes["normal"] if force else run_pass("forced", template, retriever, **options)
-            )
+            changed = {"force_search": True, "entropy_guided": False}
+            forced = passes["normal"] if force else run_pass("forced", template, retriever, **changed)
+            passes["forced"] = forced
         sampled = []
         if samples:
-            options = {"force_search": force, "group_size": samples, "temperature": 1.0}
-            sampled = run_pass("sampled", template, retriever, **options)
+            changed = {"force_search": force, "group_size": samples, "temperature": 1.0}
+            sampled = run_pass("sampled", template, retriever, **changed)
         table[name] = []
         for i in range(len(questions)):
             of_question = {kind: episodes[i] for kind, episodes in passes.items()}
@@ -136,8 +137,8 @@ def evaluate(
 def make_record(
     passes: dict[str, Episode], sampled: list[Episode], template: Template, tau: float
 ) -> Record | None:
-    """The record of one question from its episodes, {"normal", "known", "forced"} where such a pass was made.
-    None if a search failed in one of them."""
+    """The record of one question from its episodes in the passes "normal", and "closed-book" and "forced" if
+    they were made. None if a search failed in one of them."""
     if any(episode.stop == "search_failed" for episode in (*passes.values(), *sampled)):
         return None
     right = {kind: is_right(episode) for kind, episode in passes.items()}
@@ -150,7 +151,7 @@ def make_record(
         searches=episode.searches,
         tokens=episode.policy_tokens,
         draft=f1(parse.first, question) >= tau if template.draft else None,
-        known=right.get("known"),
+        known=right.get("closed-book"),
         forced=right.get("forced"),
         sampled=[is_right(e) for e in sampled] or None,
     )

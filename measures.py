@@ -142,7 +142,7 @@ SHARES = {
         "P(searched | known to the model of --known)", lambda r: r.known_base, lambda r: r.searched
     ),
     "under_search": Share(
-        "P(not searched | not known, but right when forced to search): ours, no paper has it by question",
+        "P(not searched | not known, but right when forced to search): ours",
         lambda r: r.known is False and r.forced,
         lambda r: not r.searched,
     ),
@@ -269,7 +269,7 @@ def report(table: dict[str, dict[str, dict[str, float]]]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     definitions = {name: share.definition for name, share in SHARES.items()}
     definitions |= {name: definition for name, (definition, _) in FIGURES.items()}
-    definitions |= {name: "right at least once in so many samples" for name in names if "pass@" in name}
+    definitions |= {name: "right at least once in that many samples" for name in names if "pass@" in name}
     return "\n".join(lines) + "\n\n" + "\n".join(f"{name}: {definitions[name]}" for name in names)
 
 

@@ -1,8 +1,8 @@
 """Loads a model and its tokenizer from a directory or the hub, and checks that this code handles it right.
 
-`load_model` refuses what is incomplete, `check_prompts` prompts that do not fit, and `probe` what the cache
-of the sampler or the loss would get wrong. All of them say why in one line, before anything is trained. How
-tokens are sampled is in runner.py.
+`load_model` refuses a checkpoint that is incomplete. `check_prompts` refuses prompts that do not fit. `probe`
+refuses a model that the cache of the sampler or the loss would get wrong. All of them say why in one line,
+before anything is trained. How tokens are sampled is in runner.py.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
     longest = check_prompts(model, tokenizer, SEM, questions)
@@ -53,7 +53,7 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
         raise InputError(f"{flag} {name}: its tokenizer has no end token")
     if len(tokenizer) > model.get_output_embeddings().weight.shape[0]:
         raise InputError(f"{flag} {name}: its tokenizer has more tokens than the model has logits")
-    for module in model.modules():  # with dropout every ratio of the objective would be noise
+    for module in model.modules():  # with dropout every ratio of the objective would be noisy
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
@@ -62,7 +62,7 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
 
 
 def check_prompts(model, tokenizer, template: Template, questions: list[Question]) -> int:
-    """Returns the number of tokens of a longest prompt, roughly. Raises InputError, before anything is
+    """Returns the number of tokens of the prompt with the longest text. Raises InputError, before anything is
     sampled, for a prompt that does not fit the model's context, and for a chat template that writes <think>
     into the prompt: the model would then not write it, and its episodes would not be valid.
 

@@ -2,7 +2,7 @@
 
 A retriever is any object with `search(queries, k) -> list[list[Doc]]`. Here these are `BM25` and `Remote`,
 and `open_retriever` chooses between them by the flags. Dense retrieval is not here; it can run behind
-/retrieve. To make a passage safe to show to a model is the task of prompts.encode_foreign. BM25 is not for
+/retrieve. Passages are made safe to show to a model in prompts.encode_foreign. BM25 is not for
 many millions of passages, since rank_bm25 holds one dict for each while it is built.
 
     python retriever.py --corpus corpus.jsonl --port 8000         # serves /retrieve on 127.0.0.1
@@ -41,10 +41,11 @@ TINY = np.nextafter(0.0, 1.0)  # score >= TINY is score > 0
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased runs of letters, digits and underscores, without stemming and stop words (our choice).
+    """Lower-cased runs of letters, digits and underscores. Words are not stemmed, and stop words are kept
+    (our choice).
 
-    In a script without spaces (Chinese, Thai) a whole phrase becomes one word, so that a corpus in such a
-    script needs another function."""
+    In a script without spaces (Chinese, Thai) a whole phrase becomes one word, so a corpus in such a script
+    needs another function."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -108,14 +109,14 @@ class BM25:
 
     idf="plus1" (the default) is Lucene's: log(1 + (N - n + .5) / (n + .5)). It is positive for every word and
     falls with n. idf="okapi" is rank_bm25's: log((N - n + .5) / (n + .5)), and where that is negative, a
-    quarter of the mean idf. It is at most 0 for the frequent words of a small corpus, so that nothing is
-    found there, and in a large corpus its floor ranks "the" above rarer words.
+    quarter of the mean idf. With "okapi" the frequent words of a small corpus can get an idf of 0 or less, so
+    nothing is found by them. In a large corpus, the quarter of the mean ranks "the" above rarer words.
 
     With idf="okapi" the scores are bit for bit those of BM25Okapi.get_scores. They are computed faster,
     because the contribution of each (word, document) is computed once, when the index is built, by the same
     operations in the same order. At search time these contributions are added word by word as rank_bm25 does.
-    rank_bm25 also adds 0 for every document without the word, and to add 0 changes no bit. With idf="plus1"
-    the formula differs from rank_bm25's, and so do the scores.
+    rank_bm25 also adds 0 for every document without the word, and adding 0 changes no bit. With idf="plus1",
+    the default, the formula differs from rank_bm25's, and so do the scores.
 
     Raises InputError for another idf, for no documents, and for documents without words."""
 
@@ -149,7 +150,7 @@ class BM25:
         self.postings = {}  # word -> (where, impact): a search does scores[where] += impact
         for text, end, count in zip(number, np.cumsum(df).tolist(), df.tolist(), strict=True):
             where, values = doc[end - count : end], impact[end - count : end]
-            if count > n / 4:  # a frequent word: to add a row over all documents is faster than to scatter
+            if count > n / 4:  # for a frequent word, adding a row over all documents is faster
                 row = np.zeros(n)
                 row[where] = values
                 where, values = ALL, row
@@ -188,7 +189,7 @@ class BM25:
         """For each query up to `k` documents with a score above 0, best first, ties in the order of the
         corpus.
 
-        Can be called from several threads. Raises TypeError if `queries` is no list of strings, and
+        Can be called from several threads. Raises TypeError if `queries` is not a list of strings, and
         ValueError if `k` is below 1."""
         _check(queries, k)
         return [list(self._top(query, k)) for query in queries]

@@ -13,7 +13,7 @@ reading of it):
     broken structure                0
 
     f   the structure is valid, see `parse_episode`   s   the episode searched
-    t   exactly one <think> and one <answer>          u   every search is well-formed and was answered
+    t   exactly one <think> and one <answer>          u   it searched, every search well-formed and answered
     a1  the first answer, before any search           a2  the last answer after the last result (none: F1 = 0)
 
 The formula has two weaknesses, which are kept here because they belong to the method. If a policy searches, a
@@ -26,8 +26,8 @@ The methods that SEM is compared with pay for the final answer, and nothing in t
     ssrl          0.9 EM + 0.1 format
     research      F1, or 0.1 where F1 is 0; in a broken format 0
 
-A reward reads only what the policy wrote, segment by segment, so retrieved text cannot answer, close a tag or
-break the structure. To add a reward, write a function and an entry of REWARDS, at the end of this file.
+No reward reads retrieved text, so such a text cannot answer, close a tag or break the structure. To add a
+reward, write a function and an entry of REWARDS, at the end of this file.
 
     reward = REWARDS["sem"](episode, episode.question, tau=0.5)["reward"]
 """
@@ -51,10 +51,11 @@ from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, Template
 # Each data set has an official rule. These are the rules, and where this file differs from them:
 #
 #   HotpotQA, 2WikiMultihopQA   SQuAD's normaliser. F1 is 0 if one side is yes, no or noanswer and the other
-#                               side is not. The script of 2Wiki also accepts aliases from another file,
+#                               side differs. The script of 2Wiki also accepts aliases from another file,
 #                               which is not read here.
 #   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, and the best score over all golds. The script of NQ first
-#                               separates accents from letters (NFD); here the two spellings differ.
+#                               separates accents from letters (NFD). Here an accent that is a character by
+#                               itself does not match a letter that contains it.
 #   TriviaQA                    the same, but punctuation, and ‘ ’ and ´, becomes a blank
 #   GSM8K                       the number, without commas, compared as text. The official rule reads what
 #                               follows ####; here it is the only number of the answer. F1 is EM.
@@ -88,8 +89,9 @@ def letter(text: str, choices: list[str]) -> str | None:
     """The letter of the option that an answer names: "b", "(B)", "B. Paris" or "Paris" -> "B". None if it
     names no option.
 
-    A letter is compared as a letter, because `normalise` would delete "A" as an article. An option that is
-    written out exactly takes precedence, because `normalise` would make "-1" equal to "1"."""
+    A letter is compared as a letter, because `normalise` would delete "A" as an article. An option that
+    matches exactly takes precedence over one that matches after `normalise`, which makes "-1" equal to
+    "1"."""
     options = [(chr(65 + i), choice) for i, choice in enumerate(choices)]
 
     def matching(text: str, form: Callable) -> list[str]:
@@ -172,7 +174,7 @@ def tag_pattern(template: Template) -> re.Pattern:
 
 
 def parse_episode(episode: Episode) -> Parse:
-    """Reads the blocks of an episode, segment by segment, in linear time.
+    """Reads the blocks of an episode, segment by segment.
 
     An episode is valid (f = 1) if an end token ended it and its blocks are
 
@@ -187,10 +189,10 @@ def parse_episode(episode: Episode) -> Parse:
         if segment.kind == "retry":
             shape += "M"
             continue
-        if segment.kind == "forced":  # an opening tag: what the policy writes next belongs into this block
+        if segment.kind == "forced":  # an opening tag: what the policy writes next belongs to its block
             forced = segment.text
             continue
-        replied = i + 1 < len(episode.segments)  # the segment ended with the tag that the next one replies to
+        replied = i + 1 < len(episode.segments)  # the environment replied to the end of this segment
         pieces = tag_pattern(t).split(forced + segment.text)  # text, tag, text, tag, .., text
         at, forced = 0, ""
         while at < len(pieces):
@@ -295,9 +297,9 @@ def research(episode: Episode, question: Question, *, paper: bool = False, **_) 
     """The rule of ReSearch's code, in [0, 1]: 0 for a broken format, a missing end token or a missing box,
     else F1, or 0.1 if F1 is 0. (In the code an empty box earns 0.1 too; here it counts as missing.)
 
-    A format is sound if there are as many <think> as </think> and at least one, exactly one <answer>, which
-    holds a box, and a result after every search. `paper` selects eq. 2 of arXiv 2503.19470 instead, where F1
-    is paid in a broken format too."""
+    A format is sound under three conditions: there are as many <think> as </think>, and at least one; there
+    is exactly one <answer>, which holds a box; and a result follows every search. `paper` selects eq. 2 of
+    arXiv 2503.19470 instead, where F1 is paid in a broken format too."""
     t, p = episode.template, parse_episode(episode)
     text = outline(episode)
     turns = re.findall(rf"</?(?:{t.search}|{t.result})>", text)
@@ -350,10 +352,10 @@ def ssrl_format(text: str) -> float:
 
 
 def otc(episode: Episode, question: Question, *, group: list[Episode], **_) -> dict[str, float]:
-    """EM times a factor that is 1 for as few searches as the best of the group, in [0, 1] (OTC-GRPO, arXiv
-    2504.14870, second-hand). Its constant c is not known and taken as 1.
+    """EM times a factor, in [0, 1] (OTC-GRPO, arXiv 2504.14870, second-hand). The factor is 1 if no right
+    episode of the group has fewer searches. The constant c of the paper is not known; it is taken to be 1.
 
-    With m searches in this episode, and n the fewest among the right episodes of the group:
+    With m searches in this episode, and n the fewest among the right episodes of the group, the factor is
 
         n = 0: cos(m pi / (2 m + 1))        n > 0: sin(m pi / (m + n))"""
     em, m = exact_match(parse_episode(episode).answer, question), episode.searches
@@ -364,7 +366,7 @@ def otc(episode: Episode, question: Question, *, group: list[Episode], **_) -> d
 
 
 def flat(episode: Episode, question: Question, **_) -> dict[str, float]:
-    """EM - 0.1 for each search: the plain penalty that is published as a failure (arXiv 2605.29796,
+    """EM - 0.1 for each search: a plain penalty, which two papers report to fail (arXiv 2605.29796,
     2512.16883)."""
     em = exact_match(parse_episode(episode).answer, question)
     return {"reward": em - 0.1 * episode.searches, "em": em}
@@ -388,7 +390,7 @@ REWARDS = {  # --reward
     "research": Reward(research, fits=lambda template: template.boxed),
     "research_paper": Reward(research_paper, fits=lambda template: template.boxed),
     "ssrl": Reward(ssrl, fits=lambda template: template.self_search),
-    "otc": Reward(otc, fits=lambda template: not template.self_search),  # self-search is free there
+    "otc": Reward(otc, fits=lambda template: not template.self_search),  # self-searches are not counted
     "flat": Reward(flat, fits=lambda template: not template.self_search),
 }
 

@@ -38,7 +38,7 @@ class SlotCache(Cache):
 
     def aim(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
         """Sets where the next forward pass writes, `positions` [rows, new], and how many positions it reads.
-        `rows` is a number, for so many of the first slots, or a tensor of slots."""
+        `rows` is an int n, for the first n slots, or a tensor of slots."""
         first = isinstance(rows, int)
         index = torch.arange(rows, device=positions.device) if first else rows
         self.rows = slice(rows) if first else rows  # a slice: attention reads a view, not a copy
@@ -89,7 +89,7 @@ def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: in
     cache.aim(slots, positions.masked_fill(padding, cache.max_len), kv_len)
     return model.base_model(
         input_ids=ids,
-        attention_mask=sees[:, None],  # boolean [rows, 1, new, kv_len]; eager attention would add it
+        attention_mask=sees[:, None],  # boolean [rows, 1, new, kv_len], as SDPA takes it
         position_ids=positions.masked_fill(padding, 0),
         past_key_values=cache,
         use_cache=True,
@@ -98,7 +98,7 @@ def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: in
 
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [rows, vocab] fp32, u [rows] fp64 in [0, 1) -> tokens [rows], their log-probs [rows] fp32.
-    Temperature 0 takes the most probable token.
+    Temperature 0 takes the most probable token; its log-prob is then that of temperature 1.
 
     Samples by inverting the distribution function: the first token whose cumulative probability exceeds u.
     The sum is in fp64, because in fp32 the sum over 150,000 tokens would round small probabilities away."""
@@ -118,7 +118,7 @@ class ModelRunner:
     On a GPU a decode step is replayed as a CUDA graph, because launching its kernels one by one takes longer
     than they run. A graph is recorded once in a rollout for each number of rows and each length of the cache;
     both are rounded up, so that there are few graphs, which share one pool of memory. A step that cannot be
-    recorded, or whose graph does not repeat the eager step, runs eagerly, through the same lines."""
+    recorded, or whose graph draws other tokens than the eager step, runs by the same code without a graph."""
 
     model: torch.nn.Module
     cache: SlotCache
@@ -185,7 +185,7 @@ class ModelRunner:
                 drawn = self.step(rows, kv_len)
             graph.replay()
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a recording that fails leaves the process on its own stream
+            torch.cuda.set_stream(stream)  # a failed recording leaves its stream as the current one
             self.cuda_graphs = False
             reason = str(error).splitlines()[0]
             tqdm.write(f"warning: this rollout decodes without CUDA graphs (see --no-cuda_graphs): {reason}")
@@ -198,7 +198,7 @@ class ModelRunner:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, H] -> logits [rows, vocab] fp32."""
         head = self.model.get_output_embeddings().weight
-        logits = hidden @ head.T  # of all columns, because an odd number of columns is slow on a GPU
+        logits = hidden @ head.T  # of all columns: a number that is no multiple of 8 is slow on a GPU
         return logits[:, : self.vocab_size].float()
 
     def draw(self, logits: torch.Tensor, u: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +208,7 @@ class ModelRunner:
 
 
 def round_up(n: int, least: int) -> int:
-    """Rounds `n` up to one of few sizes: to a multiple of `least`, or by a quarter at most."""
+    """Rounds `n` up to a multiple of `least` or, if it is large, by at most a quarter, so that few different
+    sizes occur."""
     step = max(least, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step

@@ -3,13 +3,13 @@ claim of SEM (arXiv 2505.07903) can come out true or false in it.
 
 The world holds people with a home, a colour and a friend. The base model learns the facts about one half of
 them by heart ("known", the counterpart of MMLU). Of the other half it has seen the names, each time with
-other facts, so that only the corpus can answer ("unknown", the counterpart of MuSiQue). Some questions need
-two searches, where the second query is built from the first result: "the home of the friend of N". If N is a
-known person ("composed"), the model knows both facts and still cannot answer at once, as large models often
-cannot (the compositionality gap, arXiv 2210.03350): it has to look the facts up, in the corpus or in its own
-weights. Sums are known too, and never occur in the RL mix (the counterpart of GSM8K). The base model is
-trained from scratch on transcripts with poor search habits: it searches most of what it does not know, and
-more than half of what it knows.
+different facts, so that only the corpus can answer ("unknown", the counterpart of MuSiQue). Some questions
+need two searches, where the second query is built from the first result: "the home of the friend of N". If N
+is a known person ("composed"), the model knows both facts and still cannot answer at once, as large models
+often cannot (the compositionality gap, arXiv 2210.03350): it has to look the facts up, in the corpus or in
+its own weights. Sums are known too, and never occur in the RL mix (the counterpart of GSM8K). The base model
+is trained from scratch on transcripts with poor search habits: it searches for most of what it does not know,
+and for more than half of what it knows.
 
 A method with another template (`--method`) gets a base model of its own, trained on the same facts in that
 dialect. Every base model also learns to answer without a tool, so that one can measure what it knows.
@@ -133,7 +133,7 @@ def sums() -> list[Question]:
 
 
 def splits(world: World) -> dict[str, list[Question]]:
-    """File name -> questions. All test sets but known_train are about names that RL never sees."""
+    """File name -> questions. No test set but known_train has a name that RL trains on."""
     known_train, known_heldout = world.known[:KNOWN_TRAIN], world.known[KNOWN_TRAIN:]
     unknown_train, unknown_test = world.unknown[:UNKNOWN_TRAIN], world.unknown[UNKNOWN_TRAIN:]
     return {
@@ -177,8 +177,8 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
 def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> list[int]:
     """Token ids of one training text of the base model: a prompt, and what a model without RL would write.
 
-    Each transcript about an unknown person states other facts, so that there is nothing to learn by heart. A
-    direct answer to a question with two hops is always a guess."""
+    Each transcript about an unknown person states different facts, so that there is nothing to learn by
+    heart. A direct answer to a question with two hops is always a guess."""
     kind = rng.choices(["known", "composed", "unknown", "two_hop", "arithmetic"], [4, 2, 3, 2, 3])[0]
     relation = rng.choice(list(VALUES))
     draft = value = rng.choice(VALUES[relation])
@@ -297,8 +297,9 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 
 @torch.no_grad()
 def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[float, float]:
-    """(recall, reading) of the base model: the share of right answers about known people without a search,
-    and the share of right last thoughts about the others, which follow a result.
+    """(recall, reading) of the base model. Recall is the share of right answers about known people, without a
+    search. Reading is the share of searched transcripts in whose last thought the model copies the right
+    value from the last result.
 
     RL sharpens what a model can do already. If the base model recalled or read badly, the table would say
     nothing about the method."""
@@ -333,7 +334,7 @@ def build(config: Config) -> Path:
     if stamp.exists() and stamp.read_text() == settings:
         return out
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
-        raise InputError(f"{out} holds something that is no toy world; it is left as it is")
+        raise InputError(f"{out} holds something that is not a toy world; it is left as it is")
     out.parent.mkdir(parents=True, exist_ok=True)
     world = World.make(config.seed)
     tokenizer = make_tokenizer(world)
@@ -355,7 +356,7 @@ def build(config: Config) -> Path:
 
 def train_until_it_reads(world: World, config: Config, tokenizer) -> LlamaForCausalLM:
     """A base model that passes its exam. Reading is learned in one jump, which comes late from some initial
-    weights, so the training is repeated up to three times. Raises InputError after that."""
+    weights, so it is trained up to three times as long. Raises InputError if it still does not pass."""
     model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
     for _ in range(3):
         train(model, world, rng, config, tokenizer)

@@ -4,9 +4,10 @@
     d hidden          = dlogits @ weight                         [chunk, H]
     d weight         += dlogits.T @ hidden                       [V, H], fp32
 
-The three products are calls of torch. Beyond the inputs and their gradients the memory is one chunk of logits
-and a few numbers for each row, whatever N is: logits of all tokens at once would often not fit. Both
-gradients are computed in the forward pass, while the logits are there, and the backward pass returns them.
+The three products are calls of torch. Beyond the inputs and their gradients, the memory is one chunk of
+logits, a few numbers for each row, and with bf16 hidden states a bf16 copy of the head. It does not grow with
+N as logits of all tokens at once would, which would often not fit. Both gradients are computed in the forward
+pass, while the logits are there, and the backward pass returns them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 import kernels
 
-# Logits of one chunk on a CPU: 1 GiB in fp32, which is 1,767 rows at V = 151,936.
+# Logits of one chunk on a CPU: 1 GiB in fp32, which is 1,766 rows at V = 151,936.
 CHUNK_ELEMENTS = 1 << 28
 
 
@@ -126,7 +127,7 @@ def add_product(total, a, b, first: bool):
     """total = a @ b if `first`, else total += a @ b, with total in fp32.
 
     The matrix unit of a GPU sums bf16 products in fp32. If this sum is added to `total` directly, nothing is
-    rounded between two chunks, and no second [V, H] is needed."""
+    rounded between two chunks, and no second [V, H] is needed. Older versions of torch cannot do this."""
     beta = 0 if first else 1  # with 0 the old content of total is not read
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=beta, out=total)

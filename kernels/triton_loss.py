@@ -47,9 +47,8 @@ def grpo_loss_from_logits(
 
 
 # Triton compiles a kernel again when an argument has a new property that it could use, such as a number
-# divisible by 16 or an aligned pointer. N changes with every batch, and with it the alignment of the arrays
-# behind one another. These properties would not make the kernel faster, so they are excluded, and one
-# compilation serves every N.
+# divisible by 16 or an aligned pointer. N changes with every batch, and so does the alignment of the arrays.
+# These properties would not make the kernel faster, so they are excluded, and one compilation serves every N.
 @triton.jit(
     do_not_specialize=["n"],
     do_not_specialize_on_alignment=["target", "old_logps", "ref_logps", "advantages", "scale"],
