@@ -58,13 +58,13 @@ class Config:
     noise_start: float = 0.0  # zerosearch: share of noisy results at the start (ZeroSearch, arXiv 2505.04588)
     noise_end: float = 0.5  # zerosearch: share of noisy results at the end (ZeroSearch)
     # reward
-    tau: float = 0.5  # sem: F1 from which the first answer counts as known (not published; our choice)
+    tau: float = 0.5  # sem: F1 from which the first answer counts as right (not published; our choice)
     sem_kept: float | None = None  # sem: what a search after a right draft costs of F1(a2); none: all (SEM)
     # objective
     beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
     epsilon: float = 0.2  # lower clip of the ratio (ReSearch)
     epsilon_high: float = 0.2  # upper clip of the ratio (ReSearch)
-    loss_type: str = "grpo"  # grpo, dapo or dr_grpo: the weight of each token in the loss, see token_scale
+    loss_type: str = "grpo"  # grpo, dapo or dr_grpo: see grpo.token_scale and grpo.advantages
     num_iterations: int = 1  # optimizer steps on one batch of episodes (ReSearch: mini-batch = batch, so 1)
     # optimizer
     max_steps: int = 200  # training steps (SEM)

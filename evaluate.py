@@ -8,7 +8,8 @@ should.
 The questions of each data set go through the sampler of training, with temperature 0, in up to three passes:
 
     normal        as in training; if --model is the directory of a run, with the budget of that run
-    closed-book   a prompt of its own that mentions neither tool nor tags; what is right there is "known"
+    closed-book   with prompts.DIRECT, which mentions neither tool nor tags; what is right there is "known".
+                  The prompt of the method would not do: a policy that searches may write a junk draft there
     forced        <search> is added after the first answer (or thought), as if the policy always searched
 
 The output is a table on stdout with every measure, its definition, its number of questions and a 95 %

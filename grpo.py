@@ -75,7 +75,8 @@ def token_scale(lengths: list[int], loss_type: str, max_completion_length: int) 
                                                           long the episodes are (arXiv 2503.20783)
 
     The weights are computed for the whole step, before it is cut into micro-batches. Normalising each
-    micro-batch by itself would make the gradient depend on the cut. InputError: an unknown loss type."""
+    micro-batch by itself would make the gradient depend on the cut. (dr_grpo has other advantages too, see
+    `advantages`.) Raises InputError for an unknown loss type."""
     if loss_type == "grpo":
         return [1 / (len(lengths) * max(1, n)) for n in lengths]
     if loss_type == "dapo":

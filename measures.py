@@ -45,8 +45,9 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
     """What the episodes of a training step were like, under TRL's names where TRL has one. `parts[i]` is what
     the reward of episode i returned, and empty if its search failed.
 
-    An episode whose search failed says nothing about the policy, so it enters no figure except
-    tools/failure_frequency. Lengths and num_tokens, which is of this step alone, count policy tokens."""
+    An episode whose search failed says nothing about the policy, so it enters no figure of this function
+    except tools/failure_frequency. Lengths and num_tokens, which is of this step alone, count policy
+    tokens."""
     counted = [(e, p) for e, p in zip(episodes, parts, strict=True) if p]
     n = max(1, len(counted))
     lengths = [e.policy_tokens for e, _ in counted]
@@ -110,7 +111,7 @@ class Record:
     searches: int
     tokens: int  # policy tokens
     draft: bool | None = None  # the first answer has F1 >= tau; None: the method has no drafts
-    known: bool | None = None  # right in the closed-book pass
+    known: bool | None = None  # right in the closed-book pass, see prompts.DIRECT
     known_base: bool | None = None  # right in the closed-book pass of the model of --known
     forced: bool | None = None  # right in the pass in which a search is forced
     judged: bool | None = None  # right for the judge; None also where the judge gave no verdict

@@ -114,9 +114,10 @@ class BM25:
 
     With idf="okapi" the scores are bit for bit those of BM25Okapi.get_scores. They are computed faster,
     because the contribution of each (word, document) is computed once, when the index is built, by the same
-    operations in the same order. At search time these contributions are added word by word as rank_bm25 does.
-    rank_bm25 also adds 0 for every document without the word, and adding 0 changes no bit. With idf="plus1",
-    the default, the formula differs from rank_bm25's, and so do the scores.
+    operations in the same order. At search time these contributions are added word by word as rank_bm25 does,
+    and only documents that can be among the best are sorted. rank_bm25 also adds 0 for every document without
+    the word, and adding 0 changes no bit. With idf="plus1", the default, the formula differs from
+    rank_bm25's, and so do the scores.
 
     Raises InputError for another idf, for no documents, and for documents without words."""
 

@@ -264,7 +264,8 @@ def sem(
     """SEM's reward, in [0, 1], and its parts f, s, t, u, f1_a1, f1_a2.
 
     `tau` is not published; 0.5 is our choice. `search_cost` (--sem_kept) is a repair of ours for the junk
-    draft: a right draft that is followed by a search earns (1 - search_cost) * F1(a2) instead of 0."""
+    draft: a right draft that is followed by a search earns (1 - search_cost) * F1(a2) instead of 0. A junk
+    draft still earns more, but by that share only."""
     p = parse_episode(episode)
     f, s, t = p.valid, p.searched, p.shape.count("T") == 1 and p.shape.count("A") == 1
     u = p.shape.count("S") > 0 and p.shape.count("SR") == p.shape.count("S") == p.shape.count("R")

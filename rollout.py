@@ -14,16 +14,21 @@ The picture shows two groups of two rows and a cache with two slots. Time runs t
     R  a search result, appended by a prefill      ~  the row waits; it has left slot 0 to a row that decodes
     mask  1 where the policy chose the token and is trained on it
 
-There is no left padding: every row has its own positions in the cache, so rows of different lengths need
-none. Inside one prefill, chunks of different lengths are padded on the right. What is sampled in a row does
-not depend on its slot or on the other rows, except through the rounding of sums.
+There is no left padding. A batched `generate` needs it, because all rows grow at the same column: a row whose
+result is long then makes every other row longer. Here every row has its own positions in the cache, so it can
+grow by one token or by a whole result, or wait. Inside one prefill, chunks of different lengths are padded on
+the right. What is sampled in a row does not depend on its slot or on the other rows, except through the
+rounding of sums.
 
 Every episode ends for one of these reasons (`Episode.stop`):
 
     eos             an end token               turns       it asked for a search beyond the budget
     length          token or context budget    bad_query   an empty query, or </search> without <search>
-    search_failed   the retriever failed; this says nothing about the policy, so the update leaves it out
-    answer          </answer>, where the template says that it ends the episode
+    search_failed   the retriever failed      answer      </answer>, where the template says that it ends it
+
+A call of the retriever that fails ends all episodes with a query in it. This says nothing about the policy,
+so they get no reward, and are in no group, loss or metric of the policy (grpo.train_step,
+measures.step_metrics).
 
 Sampling is softmax(logits / temperature) over the tokenizer's vocabulary and nothing else: no top-k, no
 penalty, and of a checkpoint's generation_config only the end tokens. Each row has its own stream of random
@@ -328,7 +333,10 @@ class SearchLoop:
                 row.reply = Segment("forced", self.forced_ids, self.forced_text)
 
     def completes(self, row: Row, tag: str) -> int:
-        """If the row's last token completed `tag`: how many tokens at the end contain it. Otherwise 0."""
+        """If the row's last token completed `tag`: how many tokens at the end contain it. Otherwise 0.
+
+        For the tokens "</", "search", ">." and the tag </search> it is 3. After one more token it is 0,
+        because the tag was complete before."""
         tail = row.sampled[-len(tag) :]  # enough, because a token has at least one character
         if tag not in decode(self.tokenizer, tail):
             return 0

@@ -23,8 +23,8 @@ from the start model, never from a checkpoint. Sizes that depend on free memory 
 in run.json.
 
 Resuming is not exact in three cases. A GPU does not add in a fixed order. The answers of a remote retriever
-come at no fixed time, so other rows share a batch. And another --rollout_slots or --micro_batch_tokens than
-before changes how sums are rounded.
+come at no fixed time, so other rows share a batch. And --rollout_slots, --micro_batch_tokens or
+--gradient_checkpointing, if changed, change how sums are rounded; so does another number of threads.
 """
 
 from __future__ import annotations
