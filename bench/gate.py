@@ -1,4 +1,4 @@
-"""The cheapest rival of a policy that decides when to search: logistic regression on the question's words.
+"""The simplest rival of a policy that decides when to search: logistic regression on the question's words.
 
 It learns from the closed-book pass over training questions which ones the model knows, and then decides by
 the question's text alone: answer closed-book, or take the forced pass's answer. Where this gate does as well
@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import fail, parse
-from evaluate import SHARES, Record, measure, report
+from measures import SHARES, Record, measure, report
 from retriever import tokenize
 
 
@@ -28,7 +28,7 @@ class Config:
     """A logistic regression that decides from the question's words whether to search."""
 
     train: str = ""  # eval_transcripts.jsonl over training questions
-    test: str = ""  # eval_transcripts.jsonl over the questions to decide
+    test: str = ""  # eval_transcripts.jsonl over the questions that it decides
 
 
 def passes(path) -> dict[tuple[str, str], dict]:
@@ -65,9 +65,9 @@ def gate(train, test) -> dict[str, list[Record]]:
     rows = list(passes(train).values())
     p_known = fit([r["normal"]["question"] for r in rows], [r["closed-book"]["right"] for r in rows])
     table: dict[str, list[Record]] = {}
-    asked = passes(test)
-    shares = p_known([r["normal"]["question"] for r in asked.values()])
-    for ((name, id), r), share in zip(asked.items(), shares, strict=True):
+    decided = passes(test)
+    shares = p_known([r["normal"]["question"] for r in decided.values()])
+    for ((name, id), r), share in zip(decided.items(), shares, strict=True):
         taken = r["closed-book"] if share > 0.5 else r["forced"]
         record = Record(id, taken["right"], float(taken["right"]), taken["searches"], 0)
         record.known, record.forced = r["closed-book"]["right"], r["forced"]["right"]

@@ -3,16 +3,17 @@
     pip install liger-kernel trl cut-cross-entropy      # for the comparison only; what is absent is named so
     python bench/kernels.py                             # a minute on a CPU, some more on a GPU
 
-It writes its tables into bench/RESULTS.md. Without a GPU only the first one is measured, of the twin.
+It writes its tables into bench/RESULTS.md. Without a GPU only the first table is measured, that of the twin.
 
-CPU: one thread, CPU time, both sides in turn, the best of the rounds; fresh logits before every turn, outside
-of its time. Memory is the peak of what torch allocates beyond the logits.
+On a CPU: one thread, CPU time, both sides take turns, and the best of the rounds counts. The logits are fresh
+before every turn, outside of its time. Memory is the peak of what torch allocates beyond the logits.
 
-GPU: random bf16, drawn anew before every run, outside of its time (which also takes older data out of the
-cache); CUDA events; the median of several runs after two that are not counted. Memory is the peak beyond the
-inputs, gradients included. Before anything is timed the kernel is held against float64. Density is the share
-of tokens under the loss mask: ours gathers their rows first, in the measured time; the others are given the
-mask (plain torch multiplies by it, Liger skips work in masked rows, cut-cross-entropy leaves them out).
+On a GPU: the inputs are random bf16 numbers, drawn anew before every run and outside of its time, which also
+takes older data out of the cache. Times are from CUDA events, the median of several runs after two that do
+not count. Memory is the peak beyond the inputs, gradients included. Before anything is timed the kernel is
+compared with float64. Density is the share of tokens under the loss mask. Ours gathers their rows first, in
+the measured time. The others get the mask: plain torch multiplies by it, Liger skips work in masked rows,
+cut-cross-entropy leaves them out.
 """
 
 import platform
@@ -77,7 +78,7 @@ def grpo(logp, c):
 
 
 def autograd(logits, c):
-    """Plain torch: log_softmax, gather, entropy, and what autograd makes of it."""
+    """(loss, entropy) in plain torch: log_softmax and gather, with a graph for autograd."""
     logps = logits.float().log_softmax(1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(1)
@@ -94,15 +95,15 @@ def ours_from_logits(logits, c, **options):
 
 
 def cpu_peak(function) -> float:
-    """MB of torch's own memory at its most, beyond what there was before."""
+    """The peak of the memory that torch allocates meanwhile, in MB."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most / 1e6
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak / 1e6
 
 
 def cpu_row(dtype) -> list[str]:
@@ -121,7 +122,7 @@ def cpu_row(dtype) -> list[str]:
         return ours_from_logits(buffer, c)[0], buffer
 
     results = []
-    for side in (peer, twin):  # the same numbers, before they are timed
+    for side in (peer, twin):  # both have the same results, which is tested before they are timed
         buffer = fresh.clone()
         results.append(side())
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
@@ -165,15 +166,15 @@ def gpu_cell(run, prepare) -> tuple[float, float]:
 
 
 def gpu_row(ways: dict, prepare) -> dict[str, tuple[float, float] | str]:
-    """A cell of each way; None is a way whose package is absent. One that fails says so."""
+    """A cell for each way. A way that is None has no package here; of one that fails the cell names the
+    error."""
     cells = {}
     for name, run in ways.items():
         try:
             cells[name] = gpu_cell(run, prepare) if run else "absent"
         except Exception as error:
-            cells[name] = (
-                "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-            )
+            full = isinstance(error, torch.OutOfMemoryError)
+            cells[name] = "out of memory" if full else type(error).__name__
         torch.cuda.empty_cache()
     return cells
 
@@ -187,7 +188,7 @@ def show(cell, floor: float | None = None) -> str:
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes/s of a copy (read and written), FLOP/s of a bf16 product."""
+    """(bytes/s of a copy, read and written; FLOP/s of a bf16 product)."""
     a, b = torch.randn(2, 1 << 30, device="cuda").bfloat16()
     copy = 2 * a.nbytes / gpu_cell(lambda: a.copy_(b), lambda: b.neg_())[0] * 1e3
     a, b, out = torch.randn(3, 8192, 8192, device="cuda").bfloat16()
@@ -195,7 +196,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def check_on_gpu():
-    """The kernel against float64 of the same logits."""
+    """Compares the kernel with float64 of the same logits."""
     c = columns(32, "cuda")
     logits = (2 * torch.randn(32, VOCAB, device="cuda")).bfloat16()
     leaf = logits.double().requires_grad_()
@@ -213,7 +214,7 @@ def from_logits(n: int, density: float, compiled) -> dict:
     episodes, length = c.shape
     buffer = torch.empty(episodes, length + 1, VOCAB, dtype=torch.bfloat16, device="cuda")  # Liger's shape
     logits = buffer.view(-1, VOCAB)[:n]
-    rows = logits[: len(c.kept)]  # a caller that gathers first has no more rows than these
+    rows = logits[: len(c.kept)]  # a caller that gathers first has these rows alone
 
     def leaf():
         return logits.detach().requires_grad_()
@@ -264,7 +265,7 @@ def from_hidden(n: int, width: int, density: float, compiled) -> dict:
         torch.autograd.grad(loss, (hidden, weight))
 
     def products():
-        """What no way can do without: those of the kept rows, in the same chunks."""
+        """The matrix products that every way needs: those of the kept rows, in the same chunks."""
         for h in hidden.detach()[: len(c.kept)].split(8192):
             logits = h @ weight.detach().T
             logits @ weight.detach(), logits.T @ h
@@ -300,7 +301,7 @@ def from_hidden(n: int, width: int, density: float, compiled) -> dict:
 
 
 def gpu_text() -> str:
-    """Both GPU tables; of one row, "not measured", where there is no GPU."""
+    """Both GPU tables. Without a GPU each has one row, "not measured"."""
     logit_ways = ("forward, ours", "forward, TRL", "with gradient, ours", "with gradient, torch",
                   "with gradient, torch.compile", "with gradient, Liger in place")  # fmt: skip
     hidden_ways = (
@@ -325,9 +326,8 @@ def gpu_text() -> str:
         for n in ROWS:
             for density in DENSITIES:
                 cells = from_logits(n, density, compiled)
-                read = (
-                    n * density * VOCAB * 2 / copy * 1e3
-                )  # ms to read the rows once; with gradient, and write
+                # ms to read the rows once; with the gradient they are also written
+                read = n * density * VOCAB * 2 / copy * 1e3
                 floors = [read, None, 2 * read, None, None, None]
                 row = [show(cells[name], floor) for name, floor in zip(logit_ways, floors, strict=True)]
                 first.append([f"{n:,}", str(density), *row])

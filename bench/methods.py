@@ -1,11 +1,11 @@
 """The toy table: every method of the papers in one world, the same number of steps, several seeds.
 
-    python bench/methods.py --seeds 0,1,2        # over an hour on 2 cores; writes its part of README.md
+    python bench/methods.py --seeds 0,1,2        # over an hour on 2 cores; writes its tables to RESULTS.md
 
-A row is a model and a way to use it; a cell is the mean over the seeds, and their range where they differ.
+A row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ.
 The base models of all dialects have learnt the same facts, for the same number of steps, or for two or three
-times as many where they could not read yet. What is done already in --output_dir is not done again; in a
-world that was built anew it is an error.
+times as many where they could not read yet. What exists in --output_dir is not made again. If it is older
+than its world, it is an error.
 """
 
 import json
@@ -22,36 +22,48 @@ import results
 import torch
 from gate import gate
 
-from config import fail, parse
-from evaluate import measure
-from grpo import TOY
+from config import TOY, fail, parse
+from measures import measure
 from reward import dialect
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = "known_heldout", "composed", "unknown", "two_hop", "arithmetic"
-RUNS = {  # row: --method, --reward, how the base model of the dialect searches
-    "ReSearch": ("research", "", ""),
-    "Search-R1": ("search-r1", "", ""),
-    "ZeroSearch": ("zerosearch", "", ""),
-    "SSRL": ("ssrl", "", ""),
-    "OTC": ("sem", "otc", ""),
-    "flat": ("sem", "flat", ""),
-    "SEM": ("sem", "", ""),
-    "SEM kept": ("sem", "sem_kept", ""),
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the model of a row is trained."""
+
+    method: str
+    reward: str = ""  # --reward; none: that of the method
+    habit: str = ""  # which base model of the dialect it starts from, see HABITS
+    flags: tuple[str, ...] = ()  # further flags of grpo.py
+
+
+KEPT = ("--sem_kept", "0.1")
+RUNS = {
+    "ReSearch": Row("research"),
+    "Search-R1": Row("search-r1"),
+    "ZeroSearch": Row("zerosearch"),
+    "SSRL": Row("ssrl"),
+    "OTC": Row("sem", reward="otc"),
+    "flat": Row("sem", reward="flat"),
+    "SEM": Row("sem"),
+    "SEM kept": Row("sem", flags=KEPT),
 }
 HABIT_RUNS = {
-    "SEM, happy base": ("sem", "", "happy"),
-    "SEM kept, happy base": ("sem", "sem_kept", "happy"),
-    "SEM, shy base": ("sem", "", "shy"),
-    "SEM kept, shy base": ("sem", "sem_kept", "shy"),
+    "SEM, happy base": Row("sem", habit="happy"),
+    "SEM kept, happy base": Row("sem", habit="happy", flags=KEPT),
+    "SEM, shy base": Row("sem", habit="shy"),
+    "SEM kept, shy base": Row("sem", habit="shy", flags=KEPT),
 }
-HABITS = {  # how often the transcripts of the base model search: known and sums, unknown
+HABITS = {  # share of a base model's transcripts that search: of known people and sums, of unknown people
     "": (0.6, 0.85),
     "happy": (0.95, 0.98),
     "shy": (0.1, 0.4),
 }
-SAME = "prompts_per_step num_generations max_completion_length max_searches topk learning_rate warmup_steps"
-TRAIN = [f"--{name}={TOY[name]}" for name in SAME.split()]  # what grpo.py takes without --model
+SHARED = "prompts_per_step num_generations max_completion_length max_searches topk learning_rate warmup_steps"
+TRAIN_FLAGS = [f"--{name}={TOY[name]}" for name in SHARED.split()]  # what grpo.py takes without --model
 TRAIN_SETS = TOY["train"].split(",")
 BUDGET = [f"--{name}={TOY[name]}" for name in ("topk", "max_searches", "max_completion_length")]
 
@@ -60,15 +72,15 @@ BUDGET = [f"--{name}={TOY[name]}" for name in ("topk", "max_searches", "max_comp
 class Config:
     """Trains and evaluates every method in the toy world and writes the table."""
 
-    seeds: str = "0,1,2"  # worlds, base models and runs
-    habit_seeds: str = "0"  # the same, of the runs from a search-happy and a search-shy base model
+    seeds: str = "0,1,2"  # seeds of the worlds, base models and runs
+    habit_seeds: str = "0"  # those of `seeds` that also run from a search-happy and a search-shy base model
     max_steps: int = 50  # RL steps of every run
     output_dir: str = "out/methods"  # where worlds, runs and evaluations are kept
     jobs: int = 2  # programs at a time, one core each
 
 
 def run(*command):
-    """Runs one of the programs on one core, in silence unless it fails."""
+    """Runs one of the programs on one core. Its output is shown only if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -77,6 +89,7 @@ def run(*command):
 
 
 def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
+    """Builds the toy world of a dialect and a habit, unless it is there."""
     path = out / "-".join(filter(None, ["world", dialect, habit, str(seed)]))
     known, unknown = HABITS[habit]
     run("toy.py", "--output_dir", path, "--method", dialect, "--seed", seed,
@@ -85,7 +98,8 @@ def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
 
 
 def refuse_stale(made: Path, where: Path):
-    """A world built anew (its settings or toy.py changed) makes everything measured in the old one void."""
+    """An error if `made` is older than its world. A world is built anew when its settings or toy.py change,
+    and what was measured in the old one is void then."""
     if made.exists() and made.stat().st_mtime < (where / "world.json").stat().st_mtime:
         fail("methods.py", f"{made} is older than {where}: give another --output_dir, or remove it")
 
@@ -103,73 +117,80 @@ def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
 def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) -> dict[str, dict]:
     """{row: {kind: measures}} of one seed."""
     runs = RUNS | (HABIT_RUNS if str(seed) in config.habit_seeds.split(",") else {})
-    dialects = {(dialect(method), habit) for method, _, habit in runs.values()}
+    dialects = {(dialect(row.method), row.habit) for row in runs.values()}
     places = dict(zip(dialects, pool.map(lambda d: world(out, *d, seed), dialects), strict=True))
-    home, files, paid = places["sem", ""], {}, {}
+    home, files, rewards = places["sem", ""], {}, {}
 
     def file(name: str) -> Path:
         files[name] = out / f"eval {name} {config.max_steps} {seed}.json"
         return files[name]
 
-    def base(talks: str, habit: str):
-        name = "base, SSRL" if talks == "ssrl" else f"base, {habit}" if habit else "base (prompted)"
-        test(places[talks, habit] / "model", places[talks, habit], file(name), "--method", talks)
+    def base(dialect: str, habit: str):
+        """Evaluates a base model."""
+        name = "base, SSRL" if dialect == "ssrl" else f"base, {habit}" if habit else "base (prompted)"
+        where = places[dialect, habit]
+        test(where / "model", where, file(name), "--method", dialect)
 
     def usage(name: str, *flags):
+        """Evaluates another use of the base model of SEM."""
         test(home / "model", home, file(name), "--method", "sem", *flags)
 
     def grpo(name: str, model: Path, target: Path, *flags):
         """Trains a model by the method of the row, unless that was done before."""
-        method, reward, habit = runs[name]
-        where = places[dialect(method), habit]
+        row = runs[name]
+        where = places[dialect(row.method), row.habit]
         refuse_stale(target / "model.safetensors", where)
         if not (target / "model.safetensors").exists():
             shutil.rmtree(target, ignore_errors=True)
-            run("grpo.py", "--model", model, "--method", method, "--reward", reward,
+            run("grpo.py", "--model", model, "--method", row.method, "--reward", row.reward,
                 "--train", ",".join(f"{where}/train/{source}.jsonl" for source in TRAIN_SETS),
                 "--corpus", where / "corpus.jsonl", "--output_dir", target, "--save_steps", 1000, "--no-bf16",
-                *TRAIN, *flags)  # fmt: skip
+                *TRAIN_FLAGS, *row.flags, *flags)  # fmt: skip
 
     def own_reward(name: str, model: Path, target: Path) -> float:
-        """Mean reward of 1,024 sampled episodes: a training that moves nothing, on another order of the
-        questions, without noise."""
+        """The mean reward of 1,024 sampled episodes. They come from a training with a learning rate of 0, on
+        another order of the questions, and without noise."""
         grpo(name, model, target, "--seed", 1000 + seed, "--max_steps", 4, "--noise_end", 0,
              "--learning_rate", 0, "--beta", 0)  # fmt: skip
         lines = (target / "metrics.jsonl").read_text().splitlines()
         return sum(json.loads(line)["reward"] for line in lines) / len(lines)
 
     def train(name: str):
-        method, _, habit = runs[name]
-        where = places[dialect(method), habit]
+        """Trains the model of a row, and measures it."""
+        row = runs[name]
+        where = places[dialect(row.method), row.habit]
         target = out / f"run {name} {config.max_steps} {seed}"
         grpo(name, where / "model", target, "--seed", seed, "--max_steps", config.max_steps)
         test(target, where, file(name))
-        before = own_reward(name, where / "model", out / f"paid before {name} {seed}")
-        after = own_reward(name, target, out / f"paid {name} {config.max_steps} {seed}")
-        paid[name] = {
+        before = own_reward(name, where / "model", out / f"reward before {name} {seed}")
+        after = own_reward(name, target, out / f"reward {name} {config.max_steps} {seed}")
+        rewards[name] = {
             kind: {"own reward": {"value": v}} for kind, v in (("before", before), ("after", after))
         }
-        if method == "ssrl":
+        if row.method == "ssrl":
             test(target, where, file("SSRL, real search"), "--real_searches", "all")
 
     first = [pool.submit(base, *d) for d in dialects if d[0] in ("sem", "ssrl")]
     first += [pool.submit(usage, "always-search", "--baseline", "always")]
     first += [pool.submit(usage, "direct", "--baseline", "direct")]
-    learn = out / f"eval train {seed}.json"
-    first.append(pool.submit(test, home / "model", home, learn, "--method", "sem", split="train"))
+    train_file = out / f"eval train {seed}.json"
+    first.append(pool.submit(test, home / "model", home, train_file, "--method", "sem", split="train"))
     for job in first:
         job.result()
     for job in [pool.submit(train, name) for name in runs]:
         job.result()
     rows = {
-        name: json.loads(path.read_text())["measures"] | paid.get(name, {}) for name, path in files.items()
+        name: json.loads(path.read_text())["measures"] | rewards.get(name, {}) for name, path in files.items()
     }
-    transcripts = (str(p.with_suffix("")) + "_transcripts.jsonl" for p in (learn, files["base (prompted)"]))
+    transcripts = (
+        str(p.with_suffix("")) + "_transcripts.jsonl" for p in (train_file, files["base (prompted)"])
+    )
     rows["gate"] = {name: measure(records) for name, records in gate(*transcripts).items()}
     return rows
 
 
 def cell(values: list[float | None]) -> str:
+    """The mean of the values, and their range if they differ in two digits."""
     values = [v for v in values if v is not None]
     if not values:
         return "-"
@@ -216,8 +237,8 @@ def main(config: Config):
         fail("methods.py", "--seeds are numbers with commas between them, --jobs at least 1")
     with ThreadPoolExecutor(config.jobs) as pool:
         rows = [seed_rows(out, int(seed), config, pool) for seed in seeds]
-    text = "\n\n".join(table(rows, columns) for columns in TABLES)
-    print(text)
+    tables = "\n\n".join(table(rows, columns) for columns in TABLES)
+    print(tables)
     version = torch.__version__.partition("+")[0]
     note = (
         f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
@@ -225,7 +246,7 @@ def main(config: Config):
         f"happy and the shy base: {config.habit_seeds}), in brackets their range. Own reward: the mean of "
         "1,024 sampled episodes on the training questions."
     )
-    results.write("methods", f"{text}\n\n{note}", ROOT / "README.md")
+    results.write("methods", f"## The methods in the toy world\n\n{tables}\n\n{note}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
     python bench/retriever.py            # about a minute; writes its table into bench/RESULTS.md
 
 Corpora of 10,000 and 100,000 documents of 45 words, drawn from 50,000 words by Zipf's law (p ~ 1 / rank);
-64 distinct queries of 6 to 8 words drawn the same way: most hold very common words, as questions do. k = 3.
+64 distinct queries of 6 to 8 words are drawn the same way, so most contain very common words, as questions
+do. k = 3.
 
-For the queries rank_bm25 has an index of shared string objects, which makes it about twice as fast as fresh
-ones do, and tokenized queries. Ours tokenizes in the measured time; its cache is emptied before each round.
-Before a query is timed the scores of all documents are compared bit for bit. All times are CPU times, the
-best of the rounds.
+While it is timed, rank_bm25 has an index of shared string objects, which makes it about twice as fast as one
+of fresh strings, and queries that are tokenized already. Ours tokenizes in the measured time, and its cache
+is emptied before each round. Before a query is timed the scores of all documents are compared bit for bit.
+All times are CPU times, the best of the rounds.
 """
 
 import platform
@@ -31,7 +32,7 @@ LENGTH, VOCABULARY, QUERIES, K, SEED = 45, 50_000, 64, 3, 0
 
 
 def race(rounds: int, *functions) -> list[float]:
-    """CPU seconds of each function, the best of the rounds; they take turns, so a busy spell hits all."""
+    """CPU seconds of each function, the best of the rounds. They take turns, so that a busy time hits all."""
     best = [float("inf")] * len(functions)
     for _ in range(rounds):
         for i, function in enumerate(functions):
@@ -42,7 +43,7 @@ def race(rounds: int, *functions) -> list[float]:
 
 
 def measure(n_docs: int, n_peer: int) -> list[str]:
-    """A row of the table. The peer answers the first `n_peer` queries only: it is slow."""
+    """A row of the table. The peer answers only the first `n_peer` queries, because it is slow."""
     rng = np.random.default_rng(SEED)
     share = 1 / np.arange(1, VOCABULARY + 1)
     share /= share.sum()

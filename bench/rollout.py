@@ -2,16 +2,19 @@
 
     python bench/rollout.py              # about ten minutes; writes its tables into bench/RESULTS.md
 
-Several turns. The peer is the loop of TRL and Search-R1: `generate` until every row of the batch has asked
-or ended, then all results, then `generate` again over the whole contexts, padded on the left. It is told how
-many tokens a turn needs at most, and a row that has ended leaves the batch. Its results cost it nothing: it
-has their ids, while ours finds each query in the text and encodes the document.
+Episodes of several turns: the peer is the loop of TRL and Search-R1. It calls `generate` until every row of
+the batch has searched or ended, then it appends all results, and then it calls `generate` again over the
+whole contexts, padded on the left. It knows how many tokens a turn needs at most, and a row that has ended
+leaves the batch. Its results cost it nothing, since it has their ids, while ours finds each query in the text
+and encodes the document.
 
-One turn. The peer is one `generate` over all rows; with mixed lengths it runs until the longest row ends.
+Episodes of one turn: the peer is one `generate` over all rows. With mixed lengths it runs until the longest
+row ends.
 
 What is sampled comes from a script, so that both sides do the same work; at the end the ids are compared.
 Both compute the distribution and draw from it, and then the script's token takes the place of the drawn one.
-Prefill tokens are counted without padding; a sampled token that the next call of the model is fed is none.
+Prefill tokens are counted without padding. A sampled token that is fed to the next call of the model is not
+one of them.
 """
 
 import gc
@@ -39,11 +42,12 @@ from words import make_tokenizer
 
 import rollout
 import runner
-from data import Doc, Question, Template
+from data import Doc, Question
+from prompts import Template, render
 
 VOCABULARY, ROUNDS, SEED = 2048, 5, 0
 TEMPLATE = Template("")
-EOS, SEARCH, ASK, DIGIT = 1, 6, 7, 100  # ids: the end, <search>, </search>, the word for 0
+EOS, SEARCH, SEARCH_END, DIGIT = 1, 6, 7, 100  # ids: the end, <search>, </search>, the word for 0
 AROUND = 3  # tokens of a result beside the words of its text: two tags, and the title
 
 
@@ -60,15 +64,17 @@ class Row:
 
 
 def make_row(rng: random.Random, turns: list[int], results: list[int]) -> Row:
-    """Turns of so many tokens; all but the last end in a search for the length of its result."""
+    """A row whose turns have so many tokens. All but the last one end in a search, and the query is the
+    length of its result."""
     row = Row([], results)
     for n, result in zip(turns, [*results, None], strict=True):
-        ask = [SEARCH, *(DIGIT + int(digit) for digit in str(result)), ASK] if result else [EOS]
-        row.turns.append([rng.randrange(200, VOCABULARY) for _ in range(n - len(ask))] + ask)
+        end = [SEARCH, *(DIGIT + int(digit) for digit in str(result)), SEARCH_END] if result else [EOS]
+        row.turns.append([rng.randrange(200, VOCABULARY) for _ in range(n - len(end))] + end)
     return row
 
 
-def uniform(group: int, searches: int, turn: int, result: int, prompts: int) -> list[Row]:
+def equal_rows(group: int, searches: int, turn: int, result: int, prompts: int) -> list[Row]:
+    """Rows with the same number of searches, and with turns and results of the same lengths."""
     rng = random.Random(SEED)
     return [
         make_row(rng, [turn] * (searches + 1), [result] * searches)
@@ -77,7 +83,7 @@ def uniform(group: int, searches: int, turn: int, result: int, prompts: int) -> 
     ]
 
 
-def mixed(rows: int, searches: int, turn: tuple[int, int], result: tuple[int, int]) -> list[Row]:
+def mixed_rows(rows: int, searches: int, turn: tuple[int, int], result: tuple[int, int]) -> list[Row]:
     """Rows of 0 to `searches` searches, with turns and results of so many tokens, all drawn evenly."""
     rng = random.Random(SEED)
     counts = [rng.randint(0, searches) for _ in range(rows)]
@@ -87,7 +93,7 @@ def mixed(rows: int, searches: int, turn: tuple[int, int], result: tuple[int, in
     ]
 
 
-# Words are tokens; the tags hold ">", so after these the sampler looks for a closed tag.
+# Words are tokens. The tags contain ">", so after these the search loop looks for a closed tag.
 WORDS = "<pad> <eos> <user> <assistant> <result> </result> <search> </search> <answer> </answer>".split()
 WORDS += [f"w{i}" for i in range(len(WORDS), VOCABULARY)]
 
@@ -110,7 +116,7 @@ def make_questions(n: int, length: int) -> list[Question]:
 
 
 class Shelf:
-    """The query says how long its result is."""
+    """A retriever. A query is the length of the result that it gets."""
 
     def search(self, queries: list[str], k: int) -> list[list[Doc]]:
         lengths = [int("".join(str(int(word[1:]) - DIGIT) for word in query.split())) for query in queries]
@@ -118,26 +124,26 @@ class Shelf:
 
 
 def ours(model, tokenizer, questions, group: int, script: list[Row]) -> tuple[list[list[int]], int]:
-    """Contexts at the end, and the prefill tokens."""
+    """(contexts at the end, number of prefill tokens) of our rollout."""
     width = max(len(row.ids()) for row in script)
     padded = torch.tensor([token for row in script for token in row.ids() + [0] * (width - len(row.ids()))])
     sample = runner.sample
 
-    def scripted(logits, u, temperature):  # u says which token it is: see `numbered`
+    def scripted(logits, u, temperature):  # u is the place of the token: see `numbered`
         return padded[u.long()], sample(logits, u / len(padded), temperature)[1]
 
     def numbered(n, seed, step, row):
         return [float(i) for i in range(row * width, row * width + n)]
 
-    counts, kept = {}, (runner.sample, rollout.uniforms)
-    runner.sample, rollout.uniforms = scripted, numbered
+    counts, originals = {}, (runner.sample, rollout.uniform_stream)
+    runner.sample, rollout.uniform_stream = scripted, numbered
     try:
         episodes = rollout.rollout(
             model, tokenizer, TEMPLATE, questions, group_size=group, retriever=Shelf(), topk=1,
             max_searches=100, max_completion_length=width, max_doc_tokens=width, counts=counts,
         )  # fmt: skip
     finally:
-        runner.sample, rollout.uniforms = kept
+        runner.sample, rollout.uniform_stream = originals
     return [e.prompt_ids + e.ids for e in episodes], counts["prefill_tokens"]
 
 
@@ -153,22 +159,22 @@ class Scripted(LogitsProcessor):
 
 @torch.no_grad()
 def peer(model, prompts: list[list[int]], script: list[Row], results: list[list[list[int]]]):
-    """The same of the loop over `generate`."""
+    """(contexts at the end, number of prefill tokens) of the loop over `generate`."""
     contexts, prefill = [list(prompt) for prompt in prompts], 0
     for turn in range(max(len(row.turns) for row in script)):
         rows = [i for i, row in enumerate(script) if turn < len(row.turns)]
         longest = max(len(contexts[i]) for i in rows)
         new = max(len(script[i].turns[turn]) for i in rows)
         ids = torch.tensor([[0] * (longest - len(contexts[i])) + contexts[i] for i in rows])
-        says = [script[i].turns[turn] for i in rows]
-        said = torch.tensor([tokens + [0] * (new - len(tokens)) for tokens in says])
+        turns = [script[i].turns[turn] for i in rows]
+        padded = torch.tensor([tokens + [0] * (new - len(tokens)) for tokens in turns])
         pads = torch.tensor([longest - len(contexts[i]) for i in rows])
         prefill += sum(len(contexts[i]) for i in rows)
         out = model.generate(
             ids, attention_mask=(torch.arange(longest) >= pads[:, None]).long(), do_sample=True, top_k=0,
-            max_new_tokens=new, logits_processor=[Scripted(said)],
+            max_new_tokens=new, logits_processor=[Scripted(padded)],
         )  # fmt: skip
-        for i, tokens, new_ids in zip(rows, says, out[:, longest:].tolist(), strict=True):
+        for i, tokens, new_ids in zip(rows, turns, out[:, longest:].tolist(), strict=True):
             contexts[i] += new_ids[: len(tokens)]
             if turn < len(script[i].results):
                 contexts[i] += results[i][turn]
@@ -187,9 +193,9 @@ def result_ids(context: list[int], prompt: int, row: Row) -> list[list[int]]:
 def measure(
     name: str, model, tokenizer, prompt: int, group: int, script: list[Row], rounds: int
 ) -> list[str]:
-    """Prefill tokens and CPU seconds of both sides: the row of a table."""
+    """A row of a table: prefill tokens and CPU seconds of both sides."""
     questions = make_questions(len(script) // group, prompt)
-    prompts = [rollout.render(TEMPLATE, q, tokenizer) for q in questions for _ in range(group)]
+    prompts = [render(TEMPLATE, q, tokenizer) for q in questions for _ in range(group)]
     contexts, prefill = ours(model, tokenizer, questions, group, script)  # warm-up too
     results = [result_ids(c, prompt, row) for c, row in zip(contexts, script, strict=True)]
     theirs, again = peer(model, prompts, script, results)
@@ -221,15 +227,15 @@ def main():
         (150, 8, 2, 80, 450), (150, 8, 4, 80, 450), (300, 8, 3, 200, 500), (150, 16, 3, 100, 500),
     ):  # fmt: skip
         name = f"{prompt} / {group} / {searches} / {turn} / {result}"
-        script = uniform(group, searches, turn, result, prompts=16 // group)
+        script = equal_rows(group, searches, turn, result, prompts=16 // group)
         timed = searches == 2  # of the others only the tokens are counted
         several.append(
             measure(name, model if timed else small, tokenizer, prompt, group, script, ROUNDS * timed)
         )
-    script = mixed(32, 4, (20, 100), (100, 500))
+    script = mixed_rows(32, 4, (20, 100), (100, 500))
     several.append(measure("150 / 8 / 0-4 / 20-100 / 100-500", model, tokenizer, 150, 8, script, ROUNDS))
     for name, low in (("equal, 128", 128), ("mixed, 8-128", 8)):
-        script = mixed(64, 0, (low, 128), (0, 0))
+        script = mixed_rows(64, 0, (low, 128), (0, 0))
         single.append(measure(name, model, tokenizer, 32, 1, script, ROUNDS))
     sides = ["`generate`, CPU s", "ours, CPU s", "ratio"]
     head = ["P / G / searches / C / O", "prefill tokens, re-prefilling", "ours", "ratio", *sides]

@@ -10,13 +10,14 @@ reward, the share of even ids, costs nothing and differs in every group. Episode
     equal    32 tokens each: the end token has id 120, which no logit reaches, so both sides do the same work
     ragged   at most 64 tokens: 6 of the 120 ids are end tokens too, so about 5 % of the tokens end an episode
 
-Ours goes through the functions that grpo.py trains with, and cuts the batch as it does on a CPU. TRL has its
+Ours calls the functions that grpo.py trains with, and cuts the batch as grpo.py does on a CPU. TRL has its
 whole batch in one pass, and no checkpointing, logging, saving or progress bar. A step lasts from the end of
-the one before to its own end, so the choice of the questions is in it. Both sides keep the metrics of the
-update; those of the episodes are in TRL's time only.
+the one before to its own end, so it includes the choice of the questions. Both sides compute the metrics of
+the update; those of the episodes are in TRL's time only.
 
-Two threads need both cores for themselves: next to another program they spin away most of their time, and the
-brackets of the table get wide. OMP_WAIT_POLICY=PASSIVE helps there, but slows a quiet machine, ours the most.
+Two threads need both cores for themselves. Next to another program they wait for each other most of the time,
+and the brackets of the table get wide. OMP_WAIT_POLICY=PASSIVE helps there, but it slows a quiet machine, and
+ours the most.
 """
 
 import contextlib
@@ -35,7 +36,6 @@ from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"  # neither side has anything to fetch
@@ -46,14 +46,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from transformers.utils import logging
 from words import make_tokenizer
 
-from data import SEM, Question, mix, render
-from grpo import Config, advantages, make_batches, update
+from config import Config
+from data import Question, mix
+from grpo import advantages, make_batches, update
+from prompts import SEM, render
 from rollout import rollout
 
 PROMPTS, GROUP, PROMPT_TOKENS, VOCABULARY, SEED = 32, 8, 6, 120, 0
 EQUAL, RAGGED = 32, 64  # tokens an episode may have, in the two kinds of episodes
 END = VOCABULARY  # id of the end token: one more than the model knows
-ENDS = list(range(7, 13))  # ids that end an episode as well, where it may end
+ENDS = list(range(7, 13))  # ids that end an episode as well, in ragged episodes
 WARM_UP, TIMED, BLOCK = 3, 20, 4  # steps; a block of ours follows each block of TRL's
 CONFIG = Config(
     prompts_per_step=PROMPTS, num_generations=GROUP, learning_rate=1e-5, weight_decay=0.01, beta=0.001,
@@ -83,7 +85,7 @@ class Times:
         return statistics.median(getattr(self, kind)[WARM_UP:])
 
 
-# Words are tokens. Some hold ">", as tags do: after these the sampler looks for a closed tag.
+# Words are tokens. Some contain ">", as tags do, and after these the search loop looks for a closed tag.
 WORDS = ["<pad>", "<user>", "<assistant>", "<think>", "</think>", "<answer>", "</answer>"]
 WORDS += [f"w{i}" for i in range(VOCABULARY - len(WORDS))] + ["<eos>"]
 
@@ -143,9 +145,8 @@ class Ours:
         advantage = advantages(rewards, torch.ones_like(rewards, dtype=torch.bool), config.loss_type)
         batches = make_batches(episodes, advantage.flatten().tolist(), config, self.model.device)
         metrics = update(
-            self.model, self.reference, self.optimizer, batches, config, config.learning_rate, VOCABULARY,
-            SimpleNamespace(held=False),
-        )  # fmt: skip
+            self.model, self.reference, self.optimizer, batches, config, config.learning_rate, VOCABULARY
+        )
         self.phases.append((sampled, metrics["seconds/score"], metrics["seconds/update"]))
         self.tokens += sum(len(e.prompt_ids) + len(e.ids) for e in episodes)
 

@@ -5,7 +5,8 @@ from transformers import PreTrainedTokenizerFast
 
 
 def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """`words` hold <pad>, <eos>, <user> and <assistant>; ids are their places. Another word is <pad>."""
+    """A tokenizer of these words, among which are <pad>, <eos>, <user> and <assistant>. The id of a word is
+    its place, and every other word becomes <pad>."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

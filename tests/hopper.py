@@ -1,10 +1,10 @@
-"""Compiles the loss kernel for an H200 on a machine that has none, and prints what came of it as one line of
-JSON. A program of its own: a process in which Triton's interpreter was asked for cannot compile.
+"""Compiles the loss kernel for an H200 on a machine that has none, and prints properties of the result as one
+line of JSON. It is a separate program, because a process with TRITON_INTERPRET=1 cannot compile.
 
     PYTHONPATH=. python tests/hopper.py
 
 Triton asks its driver which GPU to compile for, and only a launch needs a real one. So the driver is
-replaced, and every launch by `warmup`, which does all that comes before it.
+replaced, and instead of a launch `warmup` is called, which does everything before it.
 """
 
 import json
@@ -20,7 +20,7 @@ from kernels import triton_loss
 
 
 class Hopper:
-    """As much of a driver as a compilation asks for."""
+    """The part of a driver that a compilation uses."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -33,7 +33,7 @@ class Hopper:
 
 
 class WarmUp:
-    """`kernel[grid](..)` compiles, and keeps what was compiled."""
+    """In the place of a kernel: `kernel[grid](..)` compiles it and keeps the result."""
 
     def __init__(self, kernel):
         self.kernel, self.compiled = kernel, []
@@ -46,7 +46,7 @@ class WarmUp:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers a thread has, and bytes that did not fit into them."""
+    """How many registers a thread uses, and how many bytes did not fit into them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -62,7 +62,7 @@ def main():
     vocab, options = 151_936, {"epsilon": 0.2, "epsilon_high": 0.3, "beta": 0.1}
     logits, target = torch.empty(50, vocab, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.int64)
     columns = [torch.zeros(100) for _ in range(4)]
-    for n in range(1, 51):  # n: 1, odd, divisible by 16; columns that begin at odd addresses too
+    for n in range(1, 51):  # among them 1, odd numbers, multiples of 16, and columns at odd addresses
         cut = [x[n : 2 * n] for x in (target, *columns)]
         triton_loss.grpo_loss_from_logits(logits[:n], *cut, **options)
     kernel = launches.compiled[-1]

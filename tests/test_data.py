@@ -1,7 +1,7 @@
-"""python -m pytest tests/test_data.py          (SEM_DATA=FOLDER: also on real rows and real tokenizers)
+"""python -m pytest tests/test_data.py          (SEM_DATA=FOLDER: also on real rows)
 
-Every loader on small rows in the official formats, every mistake with its line, any bytes at all; the mix;
-and foreign text that tries to become a tag or a special token.
+Every loader reads small rows in the official formats. Every mistake is reported with its line, and a file of
+arbitrary bytes gives questions or such a report. The mix of a training step is a function of seed and step.
 """
 
 import csv
@@ -12,30 +12,15 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.errors
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import (
-    SEM,
-    InputError,
-    Doc,
-    Question,
-    encode_foreign,
-    encode_result,
-    load,
-    mix,
-    neutralise,
-    paragraphs,
-    render,
-)
+from data import Doc, Episode, InputError, Question, load, load_sets, mix, paragraphs
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
 NAMES = ["musique", "mmlu", "hotpotqa", "2wikimultihopqa", "gsm8k", "nq", "triviaqa", "popqa", "bamboogle"]
@@ -73,11 +58,11 @@ FLASHRAG = {
     "golden_answers": ["Giotto", "", "Giotto", "Giotto di Bondone"],
 }
 LINE = json.dumps(FLASHRAG)
-CSV = 'Which "x" is it,\nor none?'  # a question over two lines
+CSV = 'Which "x" is it,\nor none?'  # the question spans two lines
 
 
 def write(path, *rows):
-    """Rows as JSONL, or as a JSON list where the path says so."""
+    """Writes rows as JSONL, or as a JSON list if the path ends in .json. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     as_list = path.suffix == ".json"
     path.write_text(
@@ -94,7 +79,7 @@ def write_csv(path, *rows):
 
 
 def mistake(*arguments, function=load):
-    """The message of the InputError, which is one line."""
+    """The message of the InputError that the call raises. It must be one line."""
     with pytest.raises(InputError) as caught:
         function(*arguments)
     assert str(caught.value).splitlines() == [str(caught.value)]
@@ -113,9 +98,8 @@ def test_musique(tmp_path, capsys):
 
 def test_musique_full_drops_the_unanswerable_and_counts_them(tmp_path, capsys):
     other = MUSIQUE | {"answerable": False, "paragraphs": [{"title": "Rome", "paragraph_text": "A city."}]}
-    write(
-        tmp_path / "data" / "musique_full_v1.0_dev.jsonl", other, MUSIQUE, other
-    )  # the zip unpacks to data/
+    # the official archive unpacks into a folder data/
+    write(tmp_path / "data" / "musique_full_v1.0_dev.jsonl", other, MUSIQUE, other)
     assert [q.answers for q in load(f"musique:{tmp_path}", "test")] == [["Arno", "the Arno"]]
     assert capsys.readouterr().err == "musique: 2 of 3 rows are unanswerable and were dropped\n"
     assert [d.title for d in paragraphs(f"musique:{tmp_path}", "dev")] == ["Rome", "Pisa", "Oslo"]
@@ -129,7 +113,7 @@ def test_musique_full_drops_the_unanswerable_and_counts_them(tmp_path, capsys):
 )
 def test_two_hop(tmp_path, name, row, file):
     write(tmp_path / file, row)
-    for split in ("dev", "test", "val", "validation"):  # the test answers are hidden
+    for split in ("dev", "test", "val", "validation"):  # the answers of test are not public
         assert load(f"{name}:{tmp_path}", split) == [Question(row["_id"], row["question"], ["yes"], name)]
     assert paragraphs(f"{name}:{tmp_path}", "test")[0] == Doc("0", "Pisa", "A city. It has a tower.")
     assert "train" in mistake(f"{name}:{tmp_path}")
@@ -165,17 +149,13 @@ def test_mmlu(tmp_path):
     )
     question = Question(f"{STEM}_val-0", CSV, ["C"], "mmlu", ["1", "two, three", '"4"', ""])
     assert load(f"mmlu:{tmp_path}", "val") == load(f"mmlu:{tmp_path}", "validation") == [question]
-    assert load(f"mmlu:{tmp_path}/data/val", "test") == [
-        question
-    ]  # a folder of CSV files is read whatever the split
+    # a folder that holds CSV files itself is read for every split
+    assert load(f"mmlu:{tmp_path}/data/val", "test") == [question]
     assert load(f"mmlu:{tmp_path}/data/val/{STEM}_val.csv", "test") == [question]
     assert [q.id for q in load(f"mmlu:{tmp_path}/data", "dev")] == [f"{STEM}_dev-0"]
-    assert [q.id for q in load(f"mmlu:{tmp_path}", "test")] == [
-        "arts_test-0",
-        "arts_test-1",
-        f"{STEM}_test-0",
-    ]
-    assert load(f"mmlu:{tmp_path}", "train") == [question]  # val, as there is no auxiliary_train
+    ids = [q.id for q in load(f"mmlu:{tmp_path}", "test")]
+    assert ids == ["arts_test-0", "arts_test-1", f"{STEM}_test-0"]
+    assert load(f"mmlu:{tmp_path}", "train") == [question]  # val is read, since there is no auxiliary_train
     write_csv(tmp_path / "data" / "auxiliary_train" / "race.csv", ["q", "1", "2", "3", "4", "D"])
     assert [q.id for q in load(f"mmlu:{tmp_path}", "train")] == ["race-0"]
 
@@ -208,7 +188,7 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
         b"\xef\xbb\xbf" + json.dumps(FLASHRAG).encode() + b"\r\n\r\n" + json.dumps(FLASHRAG).encode()
     )
     assert len(load(str(path))) == 2
-    inside = FLASHRAG | {"question": "a\n\ufeffb"}  # a mark that belongs to the row
+    inside = FLASHRAG | {"question": "a\n\ufeffb"}  # this mark belongs to the row
     path.write_text(f"{LINE}\n{json.dumps(inside, ensure_ascii=False)}", encoding="utf-8")
     assert load(str(path))[1].text == "a\n\ufeffb"
     path = tmp_path / "rows.csv"
@@ -221,7 +201,7 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # mistakes
 
-MISTAKES = [  # name of the set, file, content, what the message says after the file's path
+MISTAKES = [  # name of the set, file, content, what follows the file's path in the message
     ("", "a.jsonl", f"{LINE}\n{LINE[:-1]}", ":2: not JSON: Expecting ',' delimiter"),
     ("", "a.jsonl", f"{LINE}\n\n[1]", ":3: a row is a JSON object"),
     ("", "a.jsonl", b"\n" + LINE.encode() + b"\n\xff", ":3: not UTF-8"),
@@ -253,12 +233,8 @@ MISTAKES = [  # name of the set, file, content, what the message says after the 
     ("hotpotqa", "a.json", json.dumps([HOTPOT, 1]), ", row 2: a row is a JSON object"),
     ("hotpotqa", "a.json", json.dumps([HOTPOT, {"_id": "1", "question": "x"}]), ", row 2: no key 'answer'"),
     ("mmlu", "a.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", ":2: 5 columns instead of 6"),
-    (
-        "mmlu",
-        "a.csv",
-        '"q\nq",1,2,3,4,A\n"q\nq",1,2,3,4,5,A\n',
-        ":3: 7 columns instead of 6",
-    ),  # where the row starts
+    # the line is the one on which the row starts
+    ("mmlu", "a.csv", '"q\nq",1,2,3,4,A\n"q\nq",1,2,3,4,5,A\n', ":3: 7 columns instead of 6"),
     ("mmlu", "a.csv", "q,1,2,3,4,A\nq,1,2,3,4,E\n", ":2: answer 'E' is not one of the letters A-D"),
     ("mmlu", "a.csv", "q,1,2,3,4,b\n", ":1: answer 'b' is not one of the letters A-D"),
     ("mmlu", "a.csv", "q,1,2,3,4,\n", ":1: no answer"),
@@ -327,7 +303,7 @@ KEYS = sorted(
     {*MUSIQUE, *HOTPOT, *FLASHRAG, "choices", "metadata", "title", "sentences", "paragraph_text", "subject"}
 )
 rows = st.dictionaries(st.sampled_from(KEYS), anything)
-# a good row, with some of its values replaced: gets further in than an arbitrary one
+# A good row in which a few values are replaced gets further into a parser than an arbitrary row.
 rows |= st.builds(
     lambda row, new: row | new, st.sampled_from([MUSIQUE, HOTPOT, TWO_WIKI, GSM8K, FLASHRAG]), rows
 )
@@ -360,9 +336,8 @@ def test_any_content_gives_questions_or_one_line(folder, file, content, name):
             if kind is Question:
                 assert out
                 for q in out:
-                    "".join(
-                        [q.id, q.text, *q.answers, *(q.choices or [])]
-                    ).encode()  # a tokenizer can take it
+                    texts = [q.id, q.text, *q.answers, *(q.choices or [])]
+                    "".join(texts).encode()  # this fails for half of a surrogate pair, as a tokenizer does
                     assert q.text.strip() and q.answers and all(a.strip() for a in q.answers)
                     assert len(set(q.answers)) == len(q.answers)
                     assert not q.choices or set(q.answers) <= {chr(65 + i) for i in range(len(q.choices))}
@@ -374,23 +349,23 @@ def test_any_content_gives_questions_or_one_line(folder, file, content, name):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that is a folder: repo/file. `asked` collects what was asked for."""
-    asked = []
+    """Makes a folder the hub. `downloads` collects the (repository, file) pairs that were requested."""
+    downloads = []
 
     def download(repo, file, repo_type):
         assert repo_type == "dataset"
-        asked.append((repo, file))
+        downloads.append((repo, file))
         if not (tmp_path / file).exists():
             raise huggingface_hub.errors.EntryNotFoundError("404\nnot found")
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return types.SimpleNamespace(folder=tmp_path, asked=asked)
+    return types.SimpleNamespace(folder=tmp_path, downloads=downloads)
 
 
 @pytest.fixture
 def parquet(monkeypatch):
-    """A pyarrow that reads JSONL."""
+    """Replaces pyarrow by a module that reads JSONL."""
 
     class ParquetFile:
         def __init__(self, path):
@@ -418,7 +393,7 @@ def test_hub_jsonl(hub):
     assert load("2wikimultihopqa")[0].source == "2wikimultihopqa"
     assert paragraphs("2wikimultihopqa") == [Doc("0", "Pisa", "A city.")]
     repos = ["RUC-NLPIR/FlashRAG_datasets", "dgslibisey/MuSiQue", *["RUC-NLPIR/FlashRAG_datasets"] * 2]
-    assert [repo for repo, _ in hub.asked] == repos
+    assert [repo for repo, _ in hub.downloads] == repos
 
 
 def test_hub_parquet(hub, parquet):
@@ -454,7 +429,7 @@ def test_parquet_without_pyarrow(hub, monkeypatch, tmp_path):
         "cais/mmlu is stored as parquet: pip install pyarrow, or give the official CSV folder: mmlu:PATH"
     )
     assert "the official JSON file: hotpotqa:PATH" in mistake("hotpotqa", function=paragraphs)
-    assert not hub.asked  # said before the download
+    assert not hub.downloads  # the error comes before the download
     path = write(tmp_path / "a.parquet", "x")
     assert mistake(f"mmlu:{path}").startswith(f"{path}, after row 0: not readable as parquet: ")
 
@@ -474,7 +449,7 @@ def test_hub_out_of_reach(monkeypatch, error):
 
 
 def test_hub_offline(tmp_path):
-    """HF_HUB_OFFLINE is read when huggingface_hub is imported, hence another process."""
+    """huggingface_hub reads HF_HUB_OFFLINE when it is imported, so this needs a process of its own."""
     code = "import data\ntry: data.load('bamboogle', 'test')\nexcept data.InputError as e: print(e)"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = Path(__file__).parent.parent
@@ -487,7 +462,7 @@ def test_hub_offline(tmp_path):
     )
 
 
-def test_every_name_has_files_of_its_own():
+def test_every_name_has_its_files():
     assert list(data._SETS) == NAMES
     assert {name for name, _ in data._FILES} == set(NAMES)
 
@@ -515,13 +490,8 @@ def test_real_musique(file, capsys):
     assert len(ours) == len(good) == {"train": 100, "dev": 200}.get(file[17:], 22)
     assert len(ours) == len(raw) or f"{len(raw) - len(good)} of {len(raw)}" in capsys.readouterr().err
     for q, row in (ours[0], good[0]), (ours[-1], good[-1]):
-        same(
-            q,
-            row["id"],
-            row["question"],
-            list(dict.fromkeys([row["answer"], *row["answer_aliases"]])),
-            "musique",
-        )
+        answers = list(dict.fromkeys([row["answer"], *row["answer_aliases"]]))
+        same(q, row["id"], row["question"], answers, "musique")
     pairs = {(p["title"], p["paragraph_text"]) for row in raw for p in row["paragraphs"]}
     docs = paragraphs(f"musique:{path}")
     assert {(d.title, d.text) for d in docs} == pairs and len(docs) == len(pairs)
@@ -585,7 +555,28 @@ def test_real_flashrag(name, split, count):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the mix
+# several data sets, and the mix
+
+
+def test_load_sets_draws_the_same_questions_every_time(tmp_path):
+    for name, size in (("towers", 5), ("rivers", 7)):
+        rows = ({"id": f"{name}{i}", "question": "q", "golden_answers": ["a"]} for i in range(size))
+        write(tmp_path / f"{name}.jsonl", *rows)
+    specs = f"{tmp_path}/towers.jsonl, {tmp_path}/rivers.jsonl,"
+    whole = {"towers": questions("towers", 5), "rivers": questions("rivers", 7)}
+    assert load_sets(specs, "test") == load_sets(specs, "test", 0) == load_sets(specs, "test", 7) == whole
+    first, second = (load_sets(specs, "test", 3) for _ in range(2))
+    assert first == second and {name: len(rows) for name, rows in first.items()} == {"towers": 3, "rivers": 3}
+    assert all(q in whole[name] for name, rows in first.items() for q in rows)
+    assert first["rivers"] != whole["rivers"][:3]  # the questions are drawn, not cut off
+
+
+def test_load_sets_refuses_two_sets_of_one_name(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "towers.jsonl", FLASHRAG)
+    specs = f"{tmp_path}/a/towers.jsonl,{tmp_path}/b/towers.jsonl"
+    message = mistake(specs, "test", function=load_sets)
+    assert message == f"{tmp_path}/b/towers.jsonl: a second data set named towers"
 
 
 def questions(source, n):
@@ -604,14 +595,14 @@ def test_mix_is_balanced_and_visits_each_row_once_an_epoch(sizes, n):
         counts = Counter(q.source for q in batch)
         assert max(counts.values()) - min(counts.get(name, 0) for name in sources) <= 1
     totals = Counter(q.source for q in seen)
-    assert max(totals.values()) - min(totals.values()) <= 1  # over the steps the remainder evens out too
+    assert max(totals.values()) - min(totals.values()) <= 1  # the remainders of the steps even out
     for name, rows in sources.items():
         ids = [q.id for q in seen if q.source == name]
         epochs = [ids[i : i + len(rows)] for i in range(0, len(ids), len(rows))]
         assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
         assert all(set(epoch) == {q.id for q in rows} for epoch in epochs[:-1])
         if len(rows) >= 40 and len(epochs) > 2:
-            assert epochs[0] != epochs[1]  # every epoch has an order of its own
+            assert epochs[0] != epochs[1]  # every epoch is a new shuffle
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 20))
@@ -619,173 +610,23 @@ def test_mix_is_balanced_and_visits_each_row_once_an_epoch(sizes, n):
 def test_mix_is_a_function_of_seed_and_step(seed, step, n):
     sources = {"b": questions("b", 90), "a": questions("a", 70)}
     batch = mix(sources, n, seed, step)
-    data._order.cache_clear()
-    assert mix(dict(reversed(sources.items())), n, seed, step) == batch  # also of nothing that came before
+    data._shuffled.cache_clear()
+    # neither the order of the sources nor an earlier call matters
+    assert mix(dict(reversed(sources.items())), n, seed, step) == batch
     ahead = [q for s in range(step, step + 3) for q in mix(sources, n, seed, s)]
-    assert (
-        ahead == mix(sources, 3 * n, seed, step // 3) or step % 3
-    )  # the batch size only cuts the one long row
+    # the questions of a run are one long row, which the batch size only cuts
+    assert ahead == mix(sources, 3 * n, seed, step // 3) or step % 3
     assert mix(sources, 60, seed, 0) != mix(sources, 60, seed + 1, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# foreign text
+# episodes
 
 
-def finish(backend):
-    """A tokenizer with special, added and odd added tokens, and a chat template in the usual shape."""
-    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in ("<tool_call>", "</s>", "  ", "\n\n", "☃")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return tokenizer
-
-
-@cache
-def tokenizer_named(name):
-    if name == "bytes":  # decodes exactly
-        vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-        backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        return finish(backend)
-    if name == "words":  # each tag is a word, and so one token
-        tags = [f"<{slash}{tag}>" for tag in SEM.tags for slash in ("", "/")]
-        words = ["<unk>", *tags, *SEM.tags, *"< > / . : a b 1".split()]
-        backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        pieces = Regex(r"</?\w+>|\w+|[^\w\s]")
-        backend.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
-        return finish(backend)
-    if not (REAL / "tokenizers" / name).exists():
-        return None
-    return AutoTokenizer.from_pretrained(REAL / "tokenizers" / name)
-
-
-@pytest.fixture(params=["words", "bytes", "qwen2.5", "phi-3-mini", "minimind"])
-def tokenizer(request):
-    return tokenizer_named(request.param) or pytest.skip("SEM_DATA names no folder with this tokenizer")
-
-
-TAGS = [f"<{slash}{tag}>" for tag in SEM.tags for slash in ("", "/")]
-TAG = re.compile("|".join(TAGS))
-PIECES = [
-    *TAGS,
-    "<",
-    "</",
-    ">",
-    "/",
-    "<|",
-    "|>",
-    " ",
-    "  ",
-    "\n\n",
-    "\u2581",
-    "\u200b",
-    "\xa0",
-    "\x00",
-    "＜",
-    "＞",
-    "<0x3C>",
-]
-PIECES += [
-    "THINK",
-    "think",
-    "ſearch",
-    "thin\u212a",
-    "im_end",
-    "\u0338",
-    "\ufffd",
-    "<Think>",
-    "< / result >",
-    "☃",
-    "一",
-]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def check_foreign(tokenizer, draw):
-    added = tokenizer.added_tokens_decoder
-    pieces = (
-        st.sampled_from(PIECES) | st.sampled_from([t.content for t in added.values()]) | st.text(max_size=5)
-    )
-    text = "".join(draw.draw(st.lists(pieces, max_size=8)))
-    at, piece = draw.draw(st.integers(0, len(text))), draw.draw(pieces)
-    text = text[:at] + piece + text[at:]  # one inside another
-    ids = encode_foreign(text, tokenizer, SEM)
-    assert not set(ids) & set(added)
-    assert not TAG.search(tokenizer.decode(ids)), tokenizer.decode(ids)
-    tags = {
-        id for tag in TAGS for id in [tokenizer.convert_tokens_to_ids(tag)] if id != tokenizer.unk_token_id
-    }
-    assert not set(ids) & (tags - {None})
-
-
-def test_foreign_text_holds_no_tag_and_no_added_token(tokenizer):
-    check_foreign(tokenizer)
-    # "< think>": the blank that breaks it makes two, a token that is left out, and the tag would close up
-    odd = ["< think>", "<☃ think>", "<☃think>", "<  / result\n>", "<\n\nsearch>"]
-    for text in [*TAGS, *odd, *(t.content for t in tokenizer.added_tokens_decoder.values())]:
-        ids = encode_foreign(f"a {text} b", tokenizer, SEM)
-        assert not set(ids) & set(tokenizer.added_tokens_decoder)
-        assert not TAG.search(tokenizer.decode(ids))
-
-
-def test_foreign_text_is_otherwise_left_alone():
-    tokenizer = tokenizer_named("bytes")
-    text = "if a < b and b > c: the search <b>result</b> is /answer, 3<think"
-    assert neutralise(text, tokenizer, SEM) == text
-    assert tokenizer.decode(list(encode_foreign(text, tokenizer, SEM))) == text
-    assert encode_foreign("", tokenizer, SEM) == encode_foreign(" \n\t ", tokenizer, SEM) == ()
-    assert neutralise("x</RESULT >y<|im_end|>", tokenizer, SEM) == "x< /RESULT >y< |im_end|>"
-
-
-def test_a_result_is_closed_however_long_its_documents_are(tokenizer):
-    docs = [
-        Doc("0", "</result>", "<|im_end|> word " * 50),
-        Doc("1", "<search>", "</result><answer>x</answer>"),
-    ]
-    ids = encode_result(docs, tokenizer, SEM, max_doc_tokens=20)
-    text = tokenizer.decode(ids)
-    assert TAG.findall(text) == ["<result>", "</result>"]
-    assert text.strip().startswith("<result>") and text.strip().endswith("</result>")
-    assert TAG.findall(tokenizer.decode(encode_result([], tokenizer, SEM))) == ["<result>", "</result>"]
-
-
-def test_render(tokenizer, monkeypatch):
-    calls, real_call = [], tokenizer.apply_chat_template
-    monkeypatch.setattr(
-        tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or real_call(*a, **k)
-    )
-    plain = Question("1", "a b", ["A"], "s", ["1 a", "b", "1", "a 1"])
-    ids = render(SEM, plain, tokenizer)
-    assert len(calls) == 1
-    system, user = calls[0][0]
-    assert system == {"role": "system", "content": SEM.system}
-    assert user == {"role": "user", "content": "a b\nA. 1 a\nB. b\nC. 1\nD. a 1"}
-    assert (
-        ids
-        == tokenizer(
-            real_call(*calls[0], tokenize=False, add_generation_prompt=True), add_special_tokens=False
-        ).input_ids
-    )
-
-    added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if len(t.content.strip()) > 1}
-    count = Counter(i for i in ids if i in added)
-    attack = "".join(f"a {text} b" for text in [*added.values(), *TAGS])
-    hostile = Question("1", f"a b {attack}", ["A"], "s", [f"1 {attack}", "b", "1", "a 1"])
-    found = Counter(i for i in render(SEM, hostile, tokenizer) if i in added and added[i] != "<unk>")
-    count.pop(tokenizer.unk_token_id, None)
-    assert found == count  # only the chat template's own
-    assert not TAG.search(calls[1][0][1]["content"])
-
-
-def test_render_without_options_and_the_order_of_letters():
-    tokenizer = tokenizer_named("bytes")
-    text = tokenizer.decode(render(SEM, Question("1", "who?", ["x"], "s"), tokenizer))
-    assert text.endswith("<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n")
-    assert text.startswith("<|im_start|>system\n" + SEM.system)
+def test_an_episode_counts_the_tokens_that_are_trained_on():
+    question = questions("towers", 1)[0]
+    mask = [True, False, False, True, True]
+    episode = Episode(question, [1, 2], ids=[3, 4, 5, 6, 7], loss_mask=mask, template=None)
+    assert episode.policy_tokens == 3
+    with pytest.raises(TypeError, match="template"):  # who reads an episode needs its template
+        Episode(question, [1, 2])

@@ -1,6 +1,6 @@
 """python -m pytest tests/test_format_swap.py          (SEM_DATA=FOLDER: also on real rows)
 
-bench/format_swap.py: MMLU without its options and HotpotQA with four, readable by evaluate.py.
+bench/format_swap.py writes MMLU without its options and HotpotQA with four, in files that evaluate.py reads.
 """
 
 import csv
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from data import InputError, load
-from evaluate import load_sets
+from data import InputError, load, load_sets
 from reward import exact_match, letter
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
-sys.path.append(str(ROOT / "bench"))  # behind the root: bench/ has a retriever.py of its own
+# bench/ comes after the root in the search path, because it has a retriever.py too
+sys.path.append(str(ROOT / "bench"))
 
 import format_swap  # noqa: E402
 
@@ -36,7 +36,7 @@ HOTPOT += [("When?", "1898"), ("What?", "Oslo"), ("Which?", "the radium")]
 
 @pytest.fixture
 def written(tmp_path):
-    """The program on the rows above: the questions of its two files."""
+    """Runs the program on the rows above. Returns the questions of the two files that it writes."""
 
     def run(seed="0", hotpot=HOTPOT):
         rows = [{"_id": str(i), "question": q, "answer": a, "context": []} for i, (q, a) in enumerate(hotpot)]
@@ -63,7 +63,7 @@ def test_mmlu_without_options(written):
 
 
 def test_hotpotqa_with_options(written):
-    """The letter is the gold's, every option another answer, none of them the gold in other words."""
+    """The letter names the gold. All options are different answers, also by `normalise`."""
     _, rows = written()
     assert [q.text for q in rows] == [q for q, a in HOTPOT if a != "yes"]
     golds = dict(HOTPOT)
@@ -85,9 +85,8 @@ def test_sets_of_the_wrong_kind(tmp_path):
     with pytest.raises(InputError, match="--mmlu"):
         rows = [{"id": "1", "question": "Who?", "golden_answers": ["x"]}]
         format_swap.write_jsonl(tmp_path / "x.jsonl", rows)
-        format_swap.main(
-            format_swap.Config(f"{tmp_path}/x.jsonl", f"{tmp_path}/x.jsonl", str(tmp_path / "out"))
-        )
+        path = f"{tmp_path}/x.jsonl"
+        format_swap.main(format_swap.Config(path, path, str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -100,10 +99,8 @@ def test_real_rows(tmp_path):
     before = {q.id: q for q in load(config.mmlu, "test")}
     assert 0.2 < len(opened) / len(before) < 0.9
     for q in opened:
-        assert letter(q.answers[0], before[q.id].choices) in (
-            *before[q.id].answers,
-            None,
-        )  # None: named twice
+        # it is None if two options have the same text
+        assert letter(q.answers[0], before[q.id].choices) in (*before[q.id].answers, None)
         assert exact_match(q.answers[0], q) == 1.0 and "following" not in q.text.lower()
     golds = {q.id: q.answers[0] for q in load(config.hotpotqa, "test")}
     assert 0.8 < len(chosen) / len(golds) < 1

@@ -1,6 +1,7 @@
 """python -m pytest tests/test_retriever.py
 
-BM25 against rank_bm25 and a plain sort, the errors of the corpus loader, client and server on loopback.
+BM25 is compared with rank_bm25 and a plain sort. The corpus loader names what is wrong in a file. Client and
+server meet on the loopback address, and servers of this file reply what a real one must not.
 """
 
 import http.client
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +25,8 @@ from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
 import retriever
-from data import InputError, Doc
-from retriever import BM25, Handler, Remote, RetrieverError, Server, load_corpus, tokenize
+from data import Doc, InputError
+from retriever import BM25, Handler, Remote, RetrieverError, Server, load_corpus, open_retriever, tokenize
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +62,8 @@ def test_tokenize():
     assert tokenize(" .,;\n") == []
 
 
-# few words and short documents, so that repeats, ties, words in every document and negative idf all occur
+# There are few words and the documents are short, so that repeated words, ties, words of every document and
+# a negative idf all occur.
 words = st.sampled_from(["a", "b", "c", "d", "É", "ß", "日本", "x1", "_"])
 texts = st.lists(words, max_size=12).map(" ".join)
 corpora = st.lists(st.tuples(texts, texts), min_size=1, max_size=12)
@@ -83,7 +86,8 @@ def test_scores_are_rank_bm25s_and_the_top_is_a_sort(corpus, query, k, idf):
 
 
 def test_scores_on_a_larger_corpus():
-    """Long posting lists, rows of common words, many ties and the bound of the rarest word."""
+    """This corpus has long posting lists, rows of frequent words and ties, and the bound of the rarest word
+    comes into effect."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, 301)
     words = rng.choice(300, (2000, 12), p=share / share.sum())
@@ -129,7 +133,8 @@ def test_nothing_found():
     assert BM25(DOCS).search(["", "  .,", "zzz", "zzz Łódź"], 3)[:3] == [[], [], []]
     assert BM25(DOCS).search([], 3) == []
     assert [doc.id for doc in BM25(DOCS).search(["zzz Łódź"], 3)[0]] == ["p4"]
-    assert not BM25([Doc("1", "", "a b"), Doc("2", "", "a c")], "okapi").search(["a"], 2)[0]  # idf below 0
+    docs = [Doc("1", "", "a b"), Doc("2", "", "a c")]
+    assert not BM25(docs, "okapi").search(["a"], 2)[0]  # a word of every document has an idf below 0
 
 
 def test_ties_are_in_corpus_order():
@@ -144,7 +149,7 @@ def test_result_documents():
     assert DOCS[3].score == 0.0
 
 
-def test_a_cached_result_can_not_be_spoilt():
+def test_a_cached_result_cannot_be_changed():
     bm25 = BM25(DOCS)
     first = bm25.search(["poland"], 3)[0]
     expected = list(first)
@@ -251,7 +256,7 @@ def test_a_real_corpus():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the client, against a server that does what a test says
+# the client, and a server that does what a test wants
 
 
 @contextmanager
@@ -267,7 +272,8 @@ def running(server):
 
 @contextmanager
 def fake(*steps):
-    """Serves a step a request, the last one for ever: (status, body), (status, body, headers) or a function.
+    """A server that answers each request by the next step, and every further one by the last step. A step is
+    (status, body), (status, body, headers) or a function of the handler.
 
     Yields the address and the list of the requests seen, (path, parsed body)."""
     seen = []
@@ -307,7 +313,7 @@ def short_waits(monkeypatch):
 
 
 def failure(client, queries=("q",)):
-    """The message of the RetrieverError that a search must end in, in bounded time."""
+    """The message of the RetrieverError that a search must raise within three seconds."""
     start = time.monotonic()
     with pytest.raises(RetrieverError) as error:
         client.search(list(queries), 2)
@@ -334,7 +340,8 @@ def test_client_right_answer():
 def test_client_other_forms():
     bare = {"result": [[{"id": 1, "contents": '"T"\nx'}, {"contents": '"U"\ny'}, {"contents": '"V"\nz'}]]}
     with fake((200, bare)) as (url, seen):
-        assert Remote(url).search(["q"], 2) == [[Doc("1", "T", "x"), Doc("", "U", "y")]]  # never more than k
+        found = Remote(url).search(["q"], 2)
+        assert found == [[Doc("1", "T", "x"), Doc("", "U", "y")]]  # the third one is beyond k = 2
         assert Remote(url).search([], 2) == [] and len(seen) == 1
         with pytest.raises(TypeError):
             Remote(url).search("q", 2)
@@ -405,7 +412,7 @@ def test_client_timeout(drip):
     stop = threading.Event()
 
     def slow(handler):
-        if drip:  # a byte now and then: no single read times out
+        if drip:  # a byte now and then, so that no single read times out
             handler.send_response(200)
             handler.end_headers()
         while not stop.wait(0.05):
@@ -425,7 +432,7 @@ def test_client_huge_reply(monkeypatch):
     def endless(handler):
         handler.send_response(200)
         handler.end_headers()
-        while True:  # ends with the client's connection
+        while True:  # this ends when the client closes the connection
             handler.wfile.write(b" " * 10_000)
 
     with fake(endless) as (url, seen):
@@ -488,7 +495,7 @@ def served():
 
 
 def post(url, body, path="/retrieve"):
-    """(status, parsed body) through a client that is not ours."""
+    """Returns (status, parsed body) of a request by another client than Remote."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
     connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body))
     response = connection.getresponse()
@@ -558,6 +565,42 @@ def test_server_other_paths_and_lengths(served):
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             connection.sendall(b"POST /retrieve HTTP/1.0\r\n" + length + b"\r\n")
             assert b" 400 " in connection.recv(100)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the choice of a retriever
+
+
+def flags(retriever="", corpus=""):
+    return types.SimpleNamespace(retriever=retriever, corpus=str(corpus))
+
+
+def test_open_retriever_prefers_a_server_to_a_corpus(served, tmp_path):
+    url, bm25 = served
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": "1", "contents": "Oslo\\nA city."}\n')
+    remote = open_retriever(flags(url, path), {"train": "nowhere"})
+    assert isinstance(remote, Remote) and remote.search(["poland"], 3) == bm25.search(["poland"], 3)
+    found = open_retriever(flags(corpus=path), {"train": "nowhere"})
+    assert isinstance(found, BM25) and found.docs == load_corpus(path)
+
+
+def test_open_retriever_reads_the_paragraphs_of_all_splits(tmp_path):
+    """A paragraph that occurs in two data sets is indexed once, and the ids are counted anew."""
+    for name, titles in (("hotpot_train_v1.1", ("Pisa", "Oslo")), ("dev", ("Oslo", "Rome"))):
+        context = [[title, [f"{title} is a city."]] for title in titles]
+        row = {"_id": "1", "question": "Where?", "answer": "here", "context": context}
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+    splits = {"train": f"hotpotqa:{tmp_path},", "test": f" 2wikimultihopqa:{tmp_path} , gsm8k:{tmp_path}"}
+    docs = open_retriever(flags(), splits).docs
+    assert [(doc.id, doc.title) for doc in docs] == [("0", "Pisa"), ("1", "Oslo"), ("2", "Rome")]
+
+
+def test_open_retriever_without_anything_to_search():
+    with pytest.raises(InputError, match="nothing to search: mmlu, gsm8k contain no paragraphs"):
+        open_retriever(flags(), {"train": "mmlu", "test": "gsm8k"})
+    with pytest.raises(InputError, match=r"--retriever: http://127\.0\.0\.1:9/retrieve: "):
+        open_retriever(flags(retriever="http://127.0.0.1:9"), {"train": "mmlu"})
 
 
 # ------------------------------------------------------------------------------------------------------------

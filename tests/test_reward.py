@@ -1,7 +1,9 @@
 """python -m pytest tests/test_reward.py          (SEM_DATA=FOLDER: also on real answers)
 
-Every case of SEM's reward as a table, the structure behind it, any text at all, tricks that must not pay, and
-answer matching against SQuAD's rule written a second time.
+Every case of SEM's reward stands in a table. Further tests are about the structure of an episode, arbitrary
+text, tricks that must not pay, and answer matching beside the official rules, which are written here a second
+time. The rewards of the other methods are compared with their published rules, and whatever is in REWARDS
+must be finite and a pure function.
 """
 
 import copy
@@ -10,19 +12,21 @@ import os
 import re
 import time
 import unicodedata
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import prompts
 import reward
-from data import RESEARCH, SEARCH_R1, SEM, Question, load
-from reward import METHODS, REWARDS, exact_match, f1, letter, normalise, parse_episode, sandbag_suspects, sem
-from rollout import Episode, Segment
+from data import Episode, Question, Segment, load
+from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, Template
+from reward import METHODS, REWARDS, Reward, exact_match, f1, letter, normalise, parse_episode, sem
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
 GOLD = Question("1", "Who found radium?", ["Marie Curie"], "people")
@@ -43,13 +47,14 @@ WORDS = {"T": T, "S": S, "blank": "<answer> \n</answer>"} | {
 
 
 def episode(*texts, stop="eos", question=GOLD):
-    """Texts of the policy and of the environment in turn; the policy begins."""
+    """An episode of SEM from the texts of the policy and of the environment in turn. The policy begins."""
     segments = [Segment("env" if i % 2 else "model", [], text) for i, text in enumerate(texts)]
-    return Episode(question, [], segments=segments, searches=len(texts) // 2, stop=stop)
+    return Episode(question, [], segments=segments, searches=len(texts) // 2, stop=stop, template=SEM)
 
 
 def written(line, stop="eos"):
-    """ "T wrong S R right": the words of WORDS, R for a result of the environment, all else as it stands."""
+    """An episode from a line such as "T wrong S R right". Words of WORDS stand for its texts and R stands for
+    a result of the environment. All other words are taken as they are."""
     texts = [" ".join(WORDS.get(word, word) for word in part.split(" ")) for part in line.split(" R")]
     return episode(*[text for part in texts for text in (part, R)][:-1], stop=stop)
 
@@ -57,9 +62,10 @@ def written(line, stop="eos"):
 # ------------------------------------------------------------------------------------------------------------
 # every case of SEM
 
-# kept: the reward with kept=0.1; a1, a2: F1 of the first answer, F1 of the last; says: the final answer
+# The column cost holds the reward with search_cost=0.1, a1 and a2 hold the F1 of the first and of the last
+# answer, and the column final names the final answer.
 CASES = """
-episode                             stop           reward  kept  f s t u  a1   a2   says
+episode                             stop           reward  cost  f s t u  a1   a2   final
 -- a right draft, no search
 T right                             eos            1       1     1 0 1 0  1    0    right
 T half                              eos            2/3     2/3   1 0 1 0  2/3  0    half
@@ -161,24 +167,24 @@ ROWS = [re.split(r"\s{2,}", row) for row in CASES.split("\n")[2:] if row and not
 
 
 @pytest.mark.parametrize(
-    "line, stop, paid, kept, bits, a1, a2, says", ROWS, ids=[" ".join(r[:2]) for r in ROWS]
+    "line, stop, paid, with_cost, flags, a1, a2, final", ROWS, ids=[" ".join(r[:2]) for r in ROWS]
 )
-def test_case(line, stop, paid, kept, bits, a1, a2, says):
+def test_case(line, stop, paid, with_cost, flags, a1, a2, final):
     e = written(line, stop)
-    parts = dict(zip("fstu", map(float, bits.split()), strict=True))
+    parts = dict(zip("fstu", map(float, flags.split()), strict=True))
     parts |= {name: pytest.approx(float(Fraction(x))) for name, x in (("f1_a1", a1), ("f1_a2", a2))}
     assert sem(e, GOLD) == parts | {"reward": pytest.approx(float(Fraction(paid)))}
-    assert sem(e, GOLD, kept=None) == sem(e, GOLD)
-    assert sem(e, GOLD, kept=0.1) == parts | {"reward": pytest.approx(float(Fraction(kept)))}
-    assert parse_episode(e).answer == ANSWERS.get(says)
+    assert sem(e, GOLD, search_cost=None) == sem(e, GOLD)
+    assert sem(e, GOLD, search_cost=0.1) == parts | {"reward": pytest.approx(float(Fraction(with_cost)))}
+    assert parse_episode(e).answer == ANSWERS.get(final)
 
 
-def test_kept_concerns_a_right_draft_then_a_search_alone():
+def test_search_cost_changes_only_a_search_after_a_right_draft():
     differ = [row[0] for row in ROWS if row[2] != row[3]]
     searched = [row for row in ROWS if row[4] == "1 1 0 1" and Fraction(row[5]) >= 0.5]
     assert differ == [row[0] for row in searched if row[6] != "0"] != []
-    assert sem(written("T right S R half"), GOLD, kept=0.0)["reward"] == pytest.approx(2 / 3)
-    assert sem(written("T right S R half"), GOLD, kept=1.0)["reward"] == 0
+    assert sem(written("T right S R half"), GOLD, search_cost=0.0)["reward"] == pytest.approx(2 / 3)
+    assert sem(written("T right S R half"), GOLD, search_cost=1.0)["reward"] == 0
 
 
 @pytest.mark.parametrize(
@@ -197,22 +203,23 @@ def test_tau(tau, good, bad):
         parts = sem(written(f"T {draft}"), GOLD, tau=tau)
         assert parts["reward"] == parts["f1_a1"] == f1(ANSWERS[draft], GOLD)
         assert sem(written(f"T {draft} S R right"), GOLD, tau=tau)["reward"] == 0
-        assert sem(written(f"T {draft} S R right"), GOLD, tau=tau, kept=0.1)["reward"] == 0.9
+        assert sem(written(f"T {draft} S R right"), GOLD, tau=tau, search_cost=0.1)["reward"] == 0.9
     for draft in bad.split():
         assert sem(written(f"T {draft}"), GOLD, tau=tau)["reward"] == 0
-        assert sem(written(f"T {draft} S R half"), GOLD, tau=tau)["reward"] == f1(ANSWERS["half"], GOLD)
-        assert sem(written(f"T {draft} S R half"), GOLD, tau=tau, kept=0.1)["reward"] == f1("Curie", GOLD)
+        searched = written(f"T {draft} S R half")
+        assert sem(searched, GOLD, tau=tau)["reward"] == f1(ANSWERS["half"], GOLD)
+        assert sem(searched, GOLD, tau=tau, search_cost=0.1)["reward"] == f1(ANSWERS["half"], GOLD)
 
 
 def test_table_of_the_docstring():
-    """The cases in the head of reward.py, row by row, on every draft and every final answer."""
+    """The table in the docstring of reward.py is true, row by row, for every draft and every final answer."""
     _, after = reward.__doc__.split("first answer        searched    reward\n")
     rows = [re.split(r"\s{2,}", row.strip()) for row in after.split("\n\n")[0].splitlines()]
     *cases, (broken, nothing) = rows
     assert broken == "broken structure" and nothing == "0"
-    asked = set()
+    seen = set()
     for draft, searched, paid in cases:
-        asked.add((draft, searched))
+        seen.add((draft, searched))
         names = {"F1(a1) >= tau": ("right", "half", "tie"), "F1(a1) < tau": ("part", "wrong")}[draft]
         for name in names:
             for final in ANSWERS if searched == "yes" else [""]:
@@ -220,32 +227,17 @@ def test_table_of_the_docstring():
                 value = {"F1(a1)": f1(ANSWERS[name], GOLD), "F1(a2)": f1(ANSWERS.get(final), GOLD), "0": 0}
                 assert sem(written(line), GOLD)["reward"] == value[paid.split(":")[0]]
                 assert sem(written(f"{line} so"), GOLD)["reward"] == 0
-    assert len(cases) == len(asked) == 4
-
-
-def test_rewards_by_name():
-    assert REWARDS["sem"] is sem
+    assert len(cases) == len(seen) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------
 # structure
 
 TAGS = [f"<{slash}{tag}>" for tag in ("think", "answer", "search", "result") for slash in ("", "/")]
-NEAR_TAGS = [
-    "<",
-    ">",
-    "</",
-    "<think",
-    "< answer>",
-    "<answer/>",
-    "<RESULT>",
-    "<|im_end|>",
-    "</answer",
-    "search>",
-]
-any_text = st.lists(st.sampled_from([*TAGS, *NEAR_TAGS, *WORDS.values(), "\n"]) | st.text(max_size=8)).map(
-    "".join
-)
+NEAR_TAGS = ["<", ">", "</", "<think", "< answer>", "<answer/>", "<RESULT>", "<|im_end|>", "</answer"]
+NEAR_TAGS += ["search>"]
+texts_and_tags = st.sampled_from([*TAGS, *NEAR_TAGS, *WORDS.values(), "\n"]) | st.text(max_size=8)
+any_text = st.lists(texts_and_tags).map("".join)
 
 
 @settings(max_examples=100, deadline=None)
@@ -267,7 +259,7 @@ OVERHANGS = [".", "\n", "<", "></", ">\n\n", " .", "\ufffd", "?"]
 
 @pytest.mark.parametrize("overhang", OVERHANGS)
 def test_overhang_behind_a_search_tag(overhang):
-    """A token may hold more than the end of the tag. That much is forgiven before a result, only there."""
+    """The token that ends a tag may hold more text. This is no mistake before a result, and only there."""
     draft, blank = T + WORDS["wrong"], not overhang.strip()
     answered = [
         episode(draft + S + overhang, R, WORDS["right"]),
@@ -289,10 +281,8 @@ def test_a_tag_does_not_reach_across_a_result():
     draft = T + WORDS["wrong"]
     assert parse_episode(episode(draft + S + "<think>", R, "hm</think>" + WORDS["right"])).shape == "TAS!R!!A"
     assert parse_episode(episode(draft + S + "<", R, "think>hm</think>" + WORDS["right"])).shape == "TASR!!A"
-    assert (
-        parse_episode(episode(draft + "<search>rad", R, "ium</search>", R, WORDS["right"])).shape
-        == "TA!R!!RA"
-    )
+    cut = episode(draft + "<search>rad", R, "ium</search>", R, WORDS["right"])
+    assert parse_episode(cut).shape == "TA!R!!RA"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +311,8 @@ def test_many_turns():
     assert sem(episode(*turns), GOLD)["reward"] == 1
 
 
-# The grammar a second time, as one pattern on the whole text, with \ue000 where a result stood.
+# The grammar of reward.py is written here a second time, as one pattern for the whole text. In that text
+# \ue000 stands for a result.
 ANY = r"</?(?:think|answer|search|result)>"
 BODY = rf"(?!\s*{ANY})(?:(?!{ANY})[^\ue000])+"
 THINK, ANSWER = rf"\s*<think>{BODY}</think>", rf"\s*<answer>{BODY}</answer>"
@@ -331,7 +322,7 @@ GRAMMAR = re.compile(rf"{THINK}{ANSWER}(?:(?:{TURN})+{ANSWER})?\s*", re.DOTALL)
 
 @st.composite
 def texts(draw):
-    """The policy's texts, one between any two results: right structure with a few faults, or none at all."""
+    """The policy's texts, which the results separate. Their structure is right except for a few faults."""
     pieces = [T, WORDS[draw(st.sampled_from(list(ANSWERS)))]]
     for _ in range(draw(st.integers(0, 2))):
         pieces += [S, "\ue000", *[T] * draw(st.integers(0, 1))]
@@ -351,24 +342,24 @@ def texts(draw):
     st.sampled_from([0.0, 0.5, 1.0]),
     st.sampled_from([None, 0.0, 0.1, 1.0]),
 )
-def test_any_text(said, stop, tau, kept):
-    said = [text.replace("\ue000", "") for text in said]
-    e = episode(*[text for part in said for text in (part, R)][:-1], stop=stop)
-    parts = sem(e, GOLD, tau=tau, kept=kept)
+def test_any_text(pieces, stop, tau, search_cost):
+    pieces = [text.replace("\ue000", "") for text in pieces]
+    e = episode(*[text for piece in pieces for text in (piece, R)][:-1], stop=stop)
+    parts = sem(e, GOLD, tau=tau, search_cost=search_cost)
     assert list(parts) == ["reward", "f", "s", "t", "u", "f1_a1", "f1_a2"]
     assert all(type(x) is float and math.isfinite(x) and 0 <= x <= 1 for x in parts.values())
     assert all(parts[name] in (0, 1) for name in "fstu")
-    valid = stop == "eos" and GRAMMAR.fullmatch("\ue000".join(said)) is not None
+    valid = stop == "eos" and GRAMMAR.fullmatch("\ue000".join(pieces)) is not None
     assert parts["f"] == valid
     if not valid:
         assert parts["reward"] == 0
-    elif len(said) == 1:
+    elif len(pieces) == 1:
         assert parts["reward"] == parts["f1_a1"] * (parts["f1_a1"] >= tau)
     elif parts["f1_a1"] < tau:
         assert parts["reward"] == parts["f1_a2"]
     else:
-        assert parts["reward"] == (0 if kept is None else (1 - kept) * parts["f1_a2"])
-    if len(said) > 1:
+        assert parts["reward"] == (0 if search_cost is None else (1 - search_cost) * parts["f1_a2"])
+    if len(pieces) > 1:
         assert parts["s"] == 1
 
 
@@ -411,7 +402,7 @@ def test_tricks_earn_no_more_than_an_honest_wrong_answer(trick, before, question
     honest, tricky = T + f"<answer>{right}</answer>", trick.replace("{}", right)
     for text, paid in [(honest, 1), (tricky, 0)]:
         e = episode(before, R, text) if before else episode(text)
-        assert sem(e, question)["reward"] == sem(e, question, kept=0.1)["reward"] == paid
+        assert sem(e, question)["reward"] == sem(e, question, search_cost=0.1)["reward"] == paid
 
 
 @pytest.mark.parametrize("text", ["Marie Curie Rome", "Marie Curie or Niels Bohr", "Marie Curie Marie Curie"])
@@ -573,13 +564,13 @@ def test_options_written_out(text, choices, name):
     assert letter(text, choices) == name
 
 
-# The official rules a second time, as the scripts of the data sets have them.
+# The official rules are written here a second time, as the scripts of the data sets have them.
 
 PUNCTUATION = r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~"""
 
 
 def squad(text):
-    """SQuAD's normaliser; MuSiQue's, HotpotQA's and 2Wiki's are the same. The words that are left."""
+    """The words that SQuAD's normaliser leaves. MuSiQue, HotpotQA and 2Wiki have the same normaliser."""
     text = text.lower().translate(dict.fromkeys(map(ord, PUNCTUATION)))
     return [word for word in re.split(r"\s+", re.sub(r"\b(?:the|an|a)\b", " ", text)) if word]
 
@@ -593,25 +584,25 @@ def trivia(text):
     return squad(text)
 
 
-def overlap(said, wanted):
-    same = sum(min(said.count(word), wanted.count(word)) for word in set(said))
-    if same == 0:
+def overlap(words, golds):
+    common = sum(min(words.count(word), golds.count(word)) for word in set(words))
+    if common == 0:
         return 0.0
-    precision, recall = same / len(said), same / len(wanted)
+    precision, recall = common / len(words), common / len(golds)
     return 2 * precision * recall / (precision + recall)
 
 
-def musique_overlap(said, wanted):
-    return overlap(said, wanted) if said and wanted else float(said == wanted)
+def musique_overlap(words, golds):
+    return overlap(words, golds) if words and golds else float(words == golds)
 
 
-def yes_no_overlap(said, wanted):
-    if said != wanted and any(side in (["yes"], ["no"], ["noanswer"]) for side in (said, wanted)):
+def yes_no_overlap(words, golds):
+    if words != golds and any(side in (["yes"], ["no"], ["noanswer"]) for side in (words, golds)):
         return 0.0
-    return overlap(said, wanted)
+    return overlap(words, golds)
 
 
-OFFICIAL = {  # data set: its normaliser, its F1 (NQ, PopQA and Bamboogle have none: SQuAD's)
+OFFICIAL = {  # data set: its normaliser, its F1 (NQ, PopQA and Bamboogle have no F1; theirs here is SQuAD's)
     "musique": (squad, musique_overlap),
     "hotpotqa": (squad, yes_no_overlap),
     "2wikimultihopqa": (squad, yes_no_overlap),
@@ -625,22 +616,23 @@ OFFICIAL = {  # data set: its normaliser, its F1 (NQ, PopQA and Bamboogle have n
 
 def official(text, question):
     """(EM, F1) by the rule of the question's data set."""
-    if question.source == "gsm8k":  # the answer as the model would have to write it
+    if question.source == "gsm8k":  # the script reads what follows ####
         found = re.search(r"#### (-?[0-9.,]+)", f"#### {text}")
         em = found is not None and found[1].strip().replace(",", "") == question.answers[0]
         return float(em), float(em)
     if question.choices:
         return float(text == question.answers[0]), float(text == question.answers[0])
-    words, score = OFFICIAL[question.source]
-    said, golds = words(text), [words(answer) for answer in question.answers]
-    return float(said in golds), max(score(said, wanted) for wanted in golds)
+    normaliser, score = OFFICIAL[question.source]
+    words, golds = normaliser(text), [normaliser(answer) for answer in question.answers]
+    return float(words in golds), max(score(words, gold) for gold in golds)
 
 
 def agrees_with_the_official_rule(text, question):
-    """Whether it could be compared: not where we deviate, since the rule leaves nothing of a text."""
+    """Compares both rules, and returns whether that was possible. It is not possible where the official rule
+    leaves nothing of a text, because reward.py differs there."""
     if question.source in OFFICIAL:
-        words, _ = OFFICIAL[question.source]
-        if not all(words(side) for side in (text, *question.answers)):
+        normaliser, _ = OFFICIAL[question.source]
+        if not all(normaliser(side) for side in (text, *question.answers)):
             return False
     em, score = official(text, question)
     assert exact_match(text, question) == em, (text, question)
@@ -658,13 +650,13 @@ phrases = st.lists(st.sampled_from(WORDY) | st.text(max_size=4), min_size=1, max
 @example("Yes", ["Yes Yes"], "musique")
 @example("x-y’s", ["x y s"], "triviaqa")
 def test_any_phrase(text, answers, source):
-    if source == "nq":  # accents in two characters: by the official rule only those are as good as one
+    if source == "nq":  # the official rule separates accents from their letters, so both texts are separated
         text, answers = unicodedata.normalize("NFD", text), [unicodedata.normalize("NFD", a) for a in answers]
     agrees_with_the_official_rule(text, gold(*answers, source=source))
-    own = gold(text, *answers, source=source)
-    assert exact_match(text, own) == f1(text, own) == bool(text.strip())
-    other = gold(*answers, source=source)
-    assert 0 <= exact_match(text, other) <= f1(text, other) <= 1
+    among_golds = gold(text, *answers, source=source)
+    assert exact_match(text, among_golds) == f1(text, among_golds) == bool(text.strip())
+    question = gold(*answers, source=source)
+    assert 0 <= exact_match(text, question) <= f1(text, question) <= 1
 
 
 @settings(max_examples=150, deadline=None)
@@ -710,7 +702,7 @@ def test_the_rule_of_each_data_set(source, text, answers, em, score):
 
 
 @pytest.mark.parametrize(
-    "source, text, answers, theirs, ours",  # EM and F1
+    "source, text, answers, theirs, ours",  # both are (EM, F1)
     [
         ("musique", "the", ["A"], (1, 1), (0, 0)),
         ("hotpotqa", "The", ["The"], (1, 0), (1, 1)),
@@ -724,7 +716,7 @@ def test_the_rule_of_each_data_set(source, text, answers, em, score):
         ("gsm8k", "18 or 19", ["18"], (1, 1), (0, 0)),
     ],
 )
-def test_where_we_leave_the_official_rules(source, text, answers, theirs, ours):
+def test_where_reward_py_differs_from_the_official_rules(source, text, answers, theirs, ours):
     question = gold(*answers, source=source)
     assert official(text, question) == pytest.approx(theirs)
     assert (exact_match(text, question), f1(text, question)) == pytest.approx(ours)
@@ -756,7 +748,7 @@ def real(name, folder):
 
 
 def perturbed(answer, other):
-    """What a model may say for an answer, and what the rules tell apart or do not."""
+    """Variants of an answer that a model may write, some of which the rules tell apart."""
     yield from (f"The {answer}.", f"an {answer.upper()}!", f"  {answer}\n", f"“{answer}”", f"*{answer}*")
     yield from (answer.replace(" ", "_"), answer.replace(" ", "-"), answer.replace("-", " "))
     yield from (answer.replace("'", "’"), answer.replace("'", "`"), answer.replace(".", ""), answer + "'s")
@@ -781,14 +773,14 @@ def test_real_answers(name):
             tries = [*perturbed(answer, other), question.text]
         few = replace(question, answers=list({answer: 0} | dict.fromkeys(question.answers[:10])))
         for text in tries[i % 3 :: 3]:
-            if name == "nq":  # accents, see above
+            if name == "nq":  # both spellings of an accent differ in reward.py, see test_any_phrase
                 text = unicodedata.normalize("NFC", text)
             compared += agrees_with_the_official_rule(text, few)
     assert compared > len(questions)
 
 
 def test_real_letters():
-    """By the letter the official rule and ours are one; by SQuAD's normaliser A would be nothing."""
+    """For a letter both rules agree. SQuAD's normaliser would delete the letter A as an article."""
     for question in real("mmlu", "mmlu")[::8]:
         for text in "ABCD":
             assert agrees_with_the_official_rule(text, question)
@@ -807,8 +799,9 @@ def test_real_options():
 # ------------------------------------------------------------------------------------------------------------
 # what the methods pay, next to their published rules
 #
-# The rules are written here from the papers and the public code, as functions of what that code sees: one
-# text, with the results in it, and the prompt with its example before it where the code reads that too.
+# Each function peer_* is a published rule, written from its paper and its public code. It reads what that
+# code reads: one text with the results in it, and before it the prompt with its example where the code reads
+# that too.
 
 EXAMPLE = "Write it inside <answer> and </answer>, for example <answer> Beijing </answer>. Question: .."
 
@@ -831,17 +824,18 @@ def peer_f1(text, question, score):
 
 
 def peer_search_r1(e, question, group):
-    """arXiv 2503.09516: EM of the last <answer> of prompt and episode, two at least: the prompt has one."""
+    """arXiv 2503.09516: EM of the last <answer> in prompt and episode, if there are at least two, because the
+    prompt has one."""
     return peer_em(last_answer(EXAMPLE + whole(e), least=2), question)
 
 
 def peer_zerosearch(e, question, group):
-    """arXiv 2505.04588: F1 of the same, with no rule for yes and no."""
+    """arXiv 2505.04588: F1 of the same answer, without a rule for yes and no."""
     return peer_f1(last_answer(EXAMPLE + whole(e), least=2), question, overlap)
 
 
 def peer_ssrl(e, question, group):
-    """arXiv 2508.10874: nine parts EM of the last <answer>, one part format."""
+    """arXiv 2508.10874: 0.9 times the EM of the last <answer> plus 0.1 times the format."""
     text = whole(e).strip()
     names = re.findall(r"<(/?\w+)>", text)
     blocks = [
@@ -849,7 +843,7 @@ def peer_ssrl(e, question, group):
         for kind in ("think", "search", "information", "answer")
         for body in re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
     ]
-    shown = {
+    placeholders = {
         "think": "your thoughts",
         "search": "your query",
         "information": "your information",
@@ -857,11 +851,11 @@ def peer_ssrl(e, question, group):
     }
     thoughts, searches = names.count("think"), names.count("search")
     sound = (
-        all(name.strip("/") in shown for name in names)
+        all(name.strip("/") in placeholders for name in names)
         and text.startswith("<think>")
         and text.endswith("</answer>")
         and len(names) >= 4
-        and all(body.strip() and shown[kind] not in body for kind, body in blocks)
+        and all(body.strip() and placeholders[kind] not in body for kind, body in blocks)
         and not any(kind == "search" and "\n" in body.strip() for kind, body in blocks)
         and names[:2] == ["think", "/think"]
         and names[-2:] == ["answer", "/answer"]
@@ -875,8 +869,8 @@ def peer_ssrl(e, question, group):
 
 
 def peer_research(e, question, group, paper=False):
-    """arXiv 2503.19470 and its code: F1 of what is boxed; 0.1 if that is 0 and the format is right; in a
-    wrong format 0 by the code, by the paper's equation only without a right answer."""
+    """arXiv 2503.19470 and its code: F1 of the boxed answer, or 0.1 if that is 0 and the format is right. In
+    a wrong format the code pays 0, and the equation of the paper pays F1."""
     text, tags = whole(e), ["<search>", "</search>", "<result>", "</result>"]
     answer = last_answer(text) if paper or text.count("<answer>") == text.count("</answer>") == 1 else None
     calls = re.findall("|".join(tags), text)
@@ -904,28 +898,24 @@ def peer_research_paper(e, question, group):
     return peer_research(e, question, group, paper=True)
 
 
-def peer_sem(e, question, group, kept=None):
-    """arXiv 2505.07903: the formula, term by term. Its code is not public, so of the episode only what the
-    policy wrote is read, by the grammar above."""
+def peer_sem(e, question, group, search_cost=None):
+    """arXiv 2505.07903: the formula, term by term. Its code is not public, so only what the policy wrote is
+    read of the episode, by the grammar above."""
     policy = "".join("\ue000" if s.kind == "env" else s.text for s in e.segments)
-    before, asked, _ = policy.partition("<search>")
+    before, tag, _ = policy.partition("<search>")
     answers = re.findall(r"<answer>(.*?)</answer>", policy.rpartition("\ue000")[2], re.DOTALL)
     a1, a2 = last_answer(before.partition("</answer>")[0] + "</answer>"), answers[-1] if answers else None
     first, last = peer_f1(a1, question, overlap), peer_f1(a2, question, overlap)
     f = e.stop == "eos" and GRAMMAR.fullmatch(policy) is not None
-    s, t = bool(asked), policy.count("<think>") == policy.count("<answer>") == 1
+    s, t = bool(tag), policy.count("<think>") == policy.count("<answer>") == 1
     u = s and policy.count("\ue000") == policy.count("<search>")
-    if kept is not None and first >= 0.5 and u:
-        return f * (1 - kept) * last
+    if search_cost is not None and first >= 0.5 and u:
+        return f * (1 - search_cost) * last
     return f * (first >= 0.5 and not s and t) * first + f * (first < 0.5 and u) * last
 
 
-def peer_sem_kept(e, question, group):
-    return peer_sem(e, question, group, kept=0.1)
-
-
 def peer_otc(e, question, group):
-    """arXiv 2504.14870, as secondary sources have it, with c = 1."""
+    """arXiv 2504.14870 as secondary sources describe it, with c = 1."""
     right = [other.searches for other in group if peer_em(last_answer(whole(other)), question)]
     m, n = e.searches, min(right, default=0)
     nearest = 2 * m * n / (m + n) if n else m
@@ -937,16 +927,34 @@ def peer_otc(e, question, group):
 
 
 def peer_flat(e, question, group):
-    """A tenth off for every search (as in arXiv 2605.29796)."""
+    """EM minus a tenth for every search, as in arXiv 2605.29796."""
     return peer_em(last_answer(whole(e)), question) - e.searches / 10
 
 
-PEERS = {name.removeprefix("peer_").replace("h_r1", "h-r1"): rule for name, rule in globals().items()
-         if name.startswith("peer_") and name not in ("peer_em", "peer_f1")}  # fmt: skip
-TALKS = {name: method.template for name, method in METHODS.items()}
-TALKS |= {"sem_kept": SEM, "research_paper": RESEARCH, "otc": SEARCH_R1, "flat": SEARCH_R1}
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the table below: as it was published, and as reward.py has it."""
 
-ASKED = {
+    published: Callable  # (episode, question, group) -> the reward
+    ours: Callable  # an entry of REWARDS, or a function of reward.py
+    template: Template  # how the episodes of the table are written
+
+
+RULES = {
+    "search-r1": Rule(peer_search_r1, REWARDS["search-r1"], SEARCH_R1),
+    "zerosearch": Rule(peer_zerosearch, REWARDS["zerosearch"], SEARCH_R1),
+    "ssrl": Rule(peer_ssrl, REWARDS["ssrl"], SSRL),
+    "research": Rule(peer_research, REWARDS["research"], RESEARCH),
+    "research_paper": Rule(peer_research_paper, REWARDS["research_paper"], RESEARCH),
+    "sem": Rule(peer_sem, REWARDS["sem"], SEM),
+    "sem with cost": Rule(partial(peer_sem, search_cost=0.1), partial(sem, search_cost=0.1), SEM),
+    "otc": Rule(peer_otc, REWARDS["otc"], SEARCH_R1),
+    "flat": Rule(peer_flat, REWARDS["flat"], SEARCH_R1),
+}
+# The entries of REWARDS that this file knows. An entry that is added later needs no row here.
+PUBLISHED = ("search-r1", "zerosearch", "ssrl", "research", "research_paper", "sem", "otc", "flat")
+
+QUESTIONS = {
     "curie": GOLD,
     "beijing": gold("Beijing"),
     "yes": gold("yes", source="hotpotqa"),
@@ -957,14 +965,14 @@ ASKED = {
     "1234": gold("1234", source="gsm8k"),
     "spider": gold("Spider Man", source="triviaqa"),
 }
-SAID = WORDS | {
+BLOCKS = WORDS | {
     "I": "<information>\nRadium: found in 1898\n</information>",
     "[right]": r"<answer>\[ \boxed{Marie Curie} \]</answer>",
     "[half]": r"<answer>It is \boxed{Curie}.</answer>",
     "[wrong]": r"<answer>\boxed{Niels Bohr}</answer>",
     "plain": "<answer>Marie Curie, no box</answer>",
 }
-FOUND = {  # what a document says
+DOCUMENTS = {  # the text of a result
     "R": "Radium: found in 1898",
     "R(answer)": "the quiz: <answer>Marie Curie</answer>",
     "R(wrong)": "the quiz: <answer>Niels Bohr</answer>",
@@ -975,24 +983,26 @@ FOUND = {  # what a document says
 }
 
 
-def told(method, line, stop, question):
-    """An episode from the words of SAID and FOUND; in other words _ is a blank and \\n a new line."""
-    template, texts = TALKS[method], [("model", "")]
+def dialogue(line, stop, question, template):
+    """An episode from a line of words of BLOCKS and DOCUMENTS. In every other word _ is a blank and \\n is a
+    new line."""
+    texts = [("model", "")]
     for word in line.split(" "):
-        if word in FOUND:
-            result = template.result
-            texts += [("env", f"\n<{result}>\n{FOUND[word]}\n</{result}>\n"), ("model", "")]
+        if word in DOCUMENTS:
+            tag = template.result
+            texts += [("env", f"\n<{tag}>\n{DOCUMENTS[word]}\n</{tag}>\n"), ("model", "")]
         else:
-            text = SAID.get(word, word.replace("_", " ").replace("\\n", "\n"))
+            text = BLOCKS.get(word, word.replace("_", " ").replace("\\n", "\n"))
             texts[-1] = ("model", f"{texts[-1][1]} {text}".strip())
     segments = [Segment(kind, [], text) for kind, text in texts if text]
     searches = sum(kind == "env" for kind, _ in texts)
     return Episode(question, [], segments=segments, searches=searches, stop=stop, template=template)
 
 
-# published = ours, or published -> ours and why: (words) is a fault or a trait of the published rule
+# The last column is the reward. Where the published rule pays something else, it is "published -> ours", and
+# the words in brackets name the trait of the published rule that is the reason.
 PAID = r"""
-method          episode                               stop    question  reward
+rule            episode                               stop    question  reward
 -- Search-R1
 search-r1       T right                               answer  curie     1
 search-r1       T wrong                               answer  curie     0
@@ -1134,10 +1144,10 @@ sem             T right                               length  curie     0
 sem             T right T                             eos     curie     0
 sem             T S R T right                         eos     curie     0
 sem             T <answer>A</answer>                  eos     letter-a  0 -> 1 (articles are deleted)
-sem_kept        T right                               eos     curie     1
-sem_kept        T right S R right                     eos     curie     .9
-sem_kept        T right S R half                      eos     curie     .9 * 2/3
-sem_kept        T wrong S R right                     eos     curie     1
+sem with cost   T right                               eos     curie     1
+sem with cost   T right S R right                     eos     curie     .9
+sem with cost   T right S R half                      eos     curie     .9 * 2/3
+sem with cost   T wrong S R right                     eos     curie     1
 -- a penalty for every search
 flat            T right                               answer  curie     1
 flat            T S R right                           answer  curie     .9
@@ -1162,27 +1172,60 @@ TRAITS = {
 
 
 def value(text):
-    """ ".9 + .1 * 2/3" """
+    """The number that a text such as ".9 + .1 * 2/3" stands for, for an approximate comparison."""
     terms = [[Fraction(factor) for factor in term.split("*")] for term in text.replace(" ", "").split("+")]
     return pytest.approx(float(sum(math.prod(term) for term in terms)))
 
 
 @pytest.mark.parametrize(
-    "method, line, stop, asked, paid", PAID, ids=[" ".join(r[:2] + r[3:4]) for r in PAID]
+    "name, line, stop, question, paid", PAID, ids=[" ".join(r[:2] + r[3:4]) for r in PAID]
 )
-def test_the_published_rule_and_ours(method, line, stop, asked, paid):
-    """They pay the same, or the row says what the published rule gets wrong or does another way."""
+def test_the_published_rule_and_ours(name, line, stop, question, paid):
+    """Both rules pay the same, or the row says what the published rule does in another way."""
     paid, _, why = paid.partition(" (")
     published, _, ours = paid.partition(" -> ")
     assert why.strip(")") in (TRAITS if ours else {""})
-    e = told(method, line, stop, ASKED[asked])
-    assert PEERS[method](e, e.question, [e]) == value(published)
-    assert REWARDS[method](e, e.question, group=[e])["reward"] == value(ours or published)
+    rule = RULES[name]
+    e = dialogue(line, stop, QUESTIONS[question], rule.template)
+    assert rule.published(e, e.question, [e]) == value(published)
+    assert rule.ours(e, e.question, group=[e])["reward"] == value(ours or published)
 
 
 def test_the_table_is_whole():
-    assert {row[0] for row in PAID} | {"otc"} == set(REWARDS) == set(PEERS) == set(TALKS)
+    assert {row[0] for row in PAID} | {"otc"} == set(RULES) == {*PUBLISHED, "sem with cost"}
     assert {row[4].partition(" (")[2].strip(")") for row in PAID} == TRAITS | {""}
+    for name in PUBLISHED:
+        assert RULES[name].ours is REWARDS[name] and REWARDS[name].fits(RULES[name].template)
+    for name in ("sem", "ssrl", "search-r1", "research", "zerosearch"):  # the methods that were published
+        assert METHODS[name].reward is REWARDS[name] and METHODS[name].template == RULES[name].template
+    assert REWARDS["sem"].function is sem
+
+
+@pytest.mark.parametrize(
+    "name, methods",
+    [
+        ("sem", {"sem"}),
+        ("search-r1", {"sem", "ssrl", "search-r1", "research", "zerosearch"}),
+        ("zerosearch", {"sem", "ssrl", "search-r1", "research", "zerosearch"}),
+        ("research", {"research"}),
+        ("research_paper", {"research"}),
+        ("ssrl", {"ssrl"}),
+        ("otc", {"sem", "search-r1", "research", "zerosearch"}),  # the model's own searches cost nothing
+        ("flat", {"sem", "search-r1", "research", "zerosearch"}),
+    ],
+)
+def test_which_methods_a_reward_fits(name, methods):
+    known = ("sem", "ssrl", "search-r1", "research", "zerosearch")
+    assert {method for method in known if REWARDS[name].fits(METHODS[method].template)} == methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_reward_of_a_method_fits_its_template(name):
+    method = METHODS[name]
+    if isinstance(method.reward, Reward):  # a method may also have a plain function
+        assert method.reward.fits(method.template)
+    e = dialogue("T S R T right", "eos", GOLD, method.template)
+    assert math.isfinite(method.reward(e, GOLD, group=[e], tau=0.5, search_cost=None)["reward"])
 
 
 @pytest.mark.parametrize(
@@ -1198,7 +1241,7 @@ def test_the_table_is_whole():
 )
 def test_otc_within_its_group(group, paid):
     """The numbers are those of the formula at c = 1, to four places."""
-    group = [told("otc", line, "answer", GOLD) for line in group]
+    group = [dialogue(line, "answer", GOLD, SEARCH_R1) for line in group]
     for e, expected in zip(group, paid, strict=True):
         ours = REWARDS["otc"](e, GOLD, group=group)["reward"]
         assert ours == pytest.approx(expected, abs=5e-5)
@@ -1206,87 +1249,73 @@ def test_otc_within_its_group(group, paid):
 
 
 METHOD_TAGS = [*TAGS, "<information>", "</information>"]
-CHUNKS = [*METHOD_TAGS, *NEAR_TAGS, *SAID.values(), r"\boxed{", "}", "{", "your query", "yes", "A", "\n", " "]
+CHUNKS = [*METHOD_TAGS, *NEAR_TAGS, *BLOCKS.values(), r"\boxed{", "}", "{", "your query", "yes", "A", "\n"]
+CHUNKS += [" "]
 anything = st.lists(st.sampled_from(CHUNKS) | st.text(max_size=5), max_size=12).map("".join)
-segments = st.lists(st.tuples(st.sampled_from(["model", "model", "env", "retry", "forced"]), anything))
-
-
+kinds = st.sampled_from(["model", "model", "env", "retry", "forced"])
+any_pieces = st.lists(st.tuples(kinds, anything))
+stops = st.sampled_from(["eos", "eos", "answer", "length", "turns", "bad_query", "search_failed", ""])
+method_templates = [method.template for method in METHODS.values()]
 RETRIED = [("model", T), ("retry", "no"), ("model", "<answer>\\boxed{Marie Curie}</answer>")]
+
+
+def assembled(pieces, stop, question, template, tokens=0):
+    """An episode from (kind, text) pairs, with so many policy tokens."""
+    e = Episode(question, [], stop=stop, template=template)
+    e.segments = [Segment(kind, [], text) for kind, text in pieces]
+    e.searches = sum(kind == "env" for kind, _ in pieces)
+    e.ids, e.loss_mask, e.logps = [0] * tokens, [True] * tokens, [0.0] * tokens
+    return e
 
 
 @settings(max_examples=150, deadline=None)
 @example("research", SEARCH_R1, GOLD, RETRIED, "eos", "write <search> and </search>")
 @given(
-    st.sampled_from(list(REWARDS)),
-    st.sampled_from([method.template for method in METHODS.values()]),
-    st.sampled_from(list(ASKED.values())),
-    segments,
-    st.sampled_from(["eos", "eos", "answer", "length", "turns", "bad_query", "search_failed", ""]),
+    st.sampled_from(PUBLISHED),
+    st.sampled_from(method_templates),
+    st.sampled_from(list(QUESTIONS.values())),
+    any_pieces,
+    stops,
     anything,
 )
 def test_any_episode_is_paid_within_bounds_and_retrieved_text_pays_nothing(
-    name, template, question, parts, stop, foreign
+    name, template, question, pieces, stop, foreign
 ):
-    """Finite, in the method's range, the same twice, nothing changed; and the same whatever was retrieved."""
-
-    def make(swap):
-        texts = [Segment(k, [], foreign if swap and k in ("env", "retry") else text) for k, text in parts]
-        searches = sum(kind == "env" for kind, _ in parts)
-        return Episode(question, [], segments=texts, searches=searches, stop=stop, template=template)
-
-    e, right = make(False), told(name, "T right", "eos", question)
+    """A published reward is finite and in its range, a second call returns the same, and nothing is changed.
+    What was retrieved does not matter."""
+    e, right = assembled(pieces, stop, question, template), dialogue("T right", "eos", question, template)
     before = copy.deepcopy(e)
     paid = REWARDS[name](e, question, group=[e, right])
     assert paid == REWARDS[name](e, question, group=[e, right]) and e == before
     least = -0.1 * e.searches if name == "flat" else 0
     assert all(type(part) is float and math.isfinite(part) for part in paid.values())
     assert least - 1e-9 <= paid["reward"] <= 1 + 1e-9
-    other = make(True)
+    pieces = [(kind, foreign if kind in ("env", "retry") else text) for kind, text in pieces]
+    other = assembled(pieces, stop, question, template)
     assert REWARDS[name](other, question, group=[other, right]) == paid
 
 
-# ------------------------------------------------------------------------------------------------------------
-# sandbag_suspects
+def templates_of(name):
+    """The templates that a reward can read, of the methods if there are such, otherwise of prompts.py."""
+    others = [template for template in vars(prompts).values() if isinstance(template, Template)]
+    fits = REWARDS[name].fits
+    return list(filter(fits, method_templates)) or list(filter(fits, others))
 
 
-def member(paid, searched, draft):
-    return {"reward": paid, "s": float(searched), "f1_a1": draft}
-
-
-KNOWS = member(1.0, False, 1.0)  # right without a search
-JUNK = member(1.0, True, 0.0)  # a wrong draft, then a search
-HONEST = member(0.0, True, 1.0)  # a right draft, then a search
-FAILS = member(0.0, False, 0.0)  # wrong without a search
-CLOSE = member(0.0, True, 0.5)
-
-
-@pytest.mark.parametrize(
-    "groups, expected",
-    [
-        ([], (0, 0)),
-        ([[KNOWS, JUNK]], (1, 1)),
-        ([[JUNK, KNOWS]], (1, 1)),
-        ([[KNOWS, HONEST]], (0, 1)),
-        ([[KNOWS, FAILS]], (0, 0)),
-        ([[KNOWS, JUNK, HONEST, JUNK, FAILS]], (2, 3)),
-        ([[JUNK, JUNK, FAILS]], (0, 0)),
-        ([[JUNK, HONEST, JUNK]], (0, 0)),
-        ([[KNOWS, FAILS], [JUNK, JUNK]], (0, 0)),
-        ([[KNOWS, JUNK], [JUNK, JUNK], [HONEST, KNOWS], [JUNK, KNOWS]], (2, 3)),
-        ([[member(0.5, False, 0.5), JUNK]], (1, 1)),
-    ],
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([(name, template) for name in REWARDS for template in templates_of(name)]),
+    st.sampled_from(list(QUESTIONS.values())),
+    st.lists(st.tuples(any_pieces, stops, st.integers(0, 200)), min_size=1, max_size=4),
 )
-def test_sandbag_suspects(groups, expected):
-    size = len(groups[0]) if groups else 2
-    assert sandbag_suspects([parts for group in groups for parts in group], size) == expected
-
-
-def test_sandbag_suspects_at_tau():
-    assert sandbag_suspects([KNOWS, CLOSE], 2) == (0, 1)
-    assert sandbag_suspects([KNOWS, CLOSE], 2, tau=0.51) == (1, 1)
-
-
-def test_sandbag_suspects_of_episodes():
-    lines = ["T right", "T wrong S R right", "T right S R right", "T part S R wrong", "T wrong", "T right S"]
-    assert sandbag_suspects([sem(written(line), GOLD) for line in lines], 6) == (2, 4)
-    assert sandbag_suspects([sem(written(line), GOLD) for line in lines], 3) == (1, 2)
+def test_any_reward_is_finite_and_a_function_of_episode_question_and_group(entry, question, members):
+    """This holds for every entry of REWARDS, also for one that was added later. It is called for every member
+    of a group, with the options that grpo.py gives it."""
+    name, template = entry
+    group = [assembled(pieces, stop, question, template, tokens) for pieces, stop, tokens in members]
+    copies, options = copy.deepcopy(group), {"tau": 0.5, "search_cost": None}
+    paid = [REWARDS[name](e, question, group=group, **options) for e in group]
+    assert all("reward" in parts and all(map(math.isfinite, parts.values())) for parts in paid)
+    assert group == copies  # nothing was changed
+    backwards = [REWARDS[name](e, copy.deepcopy(question), group=copies, **options) for e in copies[::-1]]
+    assert backwards == paid[::-1]  # neither earlier calls nor the identity of an object matter

@@ -1,6 +1,6 @@
 """python -m pytest tests/test_simulator.py
 
-The share of noise, what it depends on, and both simulators: the corpus, and a tiny model.
+The tests are about the share of noise, what it depends on, and both simulators: the corpus, and a tiny model.
 """
 
 import math
@@ -10,22 +10,22 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_grpo import run_main, timeless, world, write_world  # noqa: F401 (world is a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import run_main, timeless, write_world
 
-import grpo
 import rollout
 import runner
 import simulator
 from data import Doc, Question
 from retriever import BM25
+from reward import REWARDS, Reward
 from simulator import HELPFUL, NOISY, CorpusSimulator, ModelSimulator, documents, noise
 
 QUERIES = [f"who is w{i}" for i in range(400)]
 DOCS = [Doc(str(i), f"w{i}", f"who is w{i}") for i in range(40)]
 
 
-def asked(n: int) -> list[Question]:
+def questions(n: int) -> list[Question]:
     return [Question(str(i), f"where is w{i}", [f"gold{i}"], "unknown") for i in range(n)]
 
 
@@ -50,20 +50,20 @@ def test_noise_from_elsewhere():
 
 def noisy(seed: int, step: int, share: float, queries=QUERIES) -> list[bool]:
     source = CorpusSimulator(BM25(DOCS), seed)
-    source.at(step, share)
+    source.set_step(step, share)
     return [source.draw(query)[0] for query in queries]
 
 
 def test_what_is_noise_depends_on_seed_step_and_query_alone():
     once = noisy(0, 3, 0.5)
     assert noisy(0, 3, 0.5) == once
-    assert noisy(0, 3, 0.5, QUERIES[::-1]) == once[::-1]  # on no order and no neighbours
+    assert noisy(0, 3, 0.5, QUERIES[::-1]) == once[::-1]  # it depends on no order and no neighbours
     assert noisy(0, 3, 0.5, [QUERIES[7]]) == [once[7]]
     others = [noisy(1, 3, 0.5), noisy(0, 4, 0.5), noisy(0, 3, 0.5, [q + "?" for q in QUERIES])]
     for other in others:
         assert 120 < sum(a != b for a, b in zip(once, other, strict=True)) < 280
-    more = noisy(0, 3, 0.7)
-    assert all(b for a, b in zip(once, more, strict=True) if a) and sum(more) > sum(once)
+    noisier = noisy(0, 3, 0.7)
+    assert all(b for a, b in zip(once, noisier, strict=True) if a) and sum(noisier) > sum(once)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -82,32 +82,32 @@ def test_a_corpus_without_noise_is_the_corpus():
     corpus = BM25(DOCS)
     source = CorpusSimulator(corpus, 0)
     assert source.simulates
-    assert source.search(QUERIES[:9], 3, asked(9)) == corpus.search(QUERIES[:9], 3)
+    assert source.search(QUERIES[:9], 3, questions(9)) == corpus.search(QUERIES[:9], 3)
 
 
 def test_noise_of_a_corpus():
-    """Other documents of the corpus, k of them, each once, in place of what was found, and nowhere else."""
+    """A noisy result is k other documents of the corpus, each once. The other results are what was found."""
     corpus = BM25(DOCS)
     source = CorpusSimulator(corpus, 0)
-    source.at(2, 0.5)
+    source.set_step(2, 0.5)
     queries = [doc.text for doc in DOCS]
-    found, plain = source.search(queries, 3, asked(40)), corpus.search(queries, 3)
-    some = [source.draw(query)[0] for query in queries]
-    assert 8 < sum(some) < 32
-    for got, want, bad in zip(found, plain, some, strict=True):
+    found, plain = source.search(queries, 3, questions(40)), corpus.search(queries, 3)
+    is_noise = [source.draw(query)[0] for query in queries]
+    assert 8 < sum(is_noise) < 32
+    for got, want, bad in zip(found, plain, is_noise, strict=True):
         assert (got != want) if bad else (got == want)
         assert len(got) == len({doc.id for doc in got}) == 3 and all(doc.text in queries for doc in got)
-    ids = [doc.id for got, bad in zip(found, some, strict=True) if bad for doc in got]
+    ids = [doc.id for got, bad in zip(found, is_noise, strict=True) if bad for doc in got]
     assert len(set(ids)) > 15  # not the same few
-    assert source.search(queries, 3, asked(40)) == found
-    assert source.search(queries[::-1], 3, asked(40)) == found[::-1]
-    assert corpus.search(queries, 3) == plain  # what the corpus remembers is not spoilt
+    assert source.search(queries, 3, questions(40)) == found
+    assert source.search(queries[::-1], 3, questions(40)) == found[::-1]
+    assert corpus.search(queries, 3) == plain  # the cache of the corpus is unchanged
 
 
 def test_noise_of_a_corpus_smaller_than_k():
     source = CorpusSimulator(BM25(DOCS[:2]), 0)
-    source.at(0, 1.0)
-    assert [len(docs) for docs in source.search(["who", "w1"], 5, asked(2))] == [2, 2]
+    source.set_step(0, 1.0)
+    assert [len(docs) for docs in source.search(["who", "w1"], 5, questions(2))] == [2, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,13 +174,13 @@ def engine(tmp_path_factory):
 
 def simulate(engine, queries: list[str], share: float, seed: int = 0, step: int = 2, k: int = 3):
     source = ModelSimulator(*engine, seed)
-    source.at(step, share)
-    return source.search(queries, k, asked(len(queries)))
+    source.set_step(step, share)
+    return source.search(queries, k, questions(len(queries)))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_model_answers_every_query(engine, share):
-    """Also where all results are of one kind, and the other prompt has nobody to ask."""
+    """This also holds where all results are of one kind, so that one of the two prompts has no query."""
     found = simulate(engine, QUERIES[:7], share)
     assert len(found) == 7 and all(len(docs) <= 3 and all(type(d) is Doc for d in docs) for docs in found)
     assert any(found) and len({str(docs) for docs in found}) > 1
@@ -194,34 +194,33 @@ def test_no_query_no_result(engine):
     assert simulate(engine, [], 0.5) == []
 
 
-def test_only_the_helpful_prompt_tells_question_and_answer(engine, monkeypatch):
-    """And every query gets what was written for it, in the order of the queries."""
+def test_only_the_helpful_prompt_contains_question_and_answer(engine, monkeypatch):
+    """Every query gets what was written for it, in the order of the queries."""
     real, seen = simulator.rollout, []
 
-    def spied(model, tokenizer, template, questions, **more):
-        episodes = real(model, tokenizer, template, questions, **more)
+    def spied(model, tokenizer, template, questions, **options):
+        episodes = real(model, tokenizer, template, questions, **options)
         for e in episodes:
             query = e.question.text.splitlines()[0].removeprefix("Query: ")
             e.segments[:] = e.segments[:1]
             e.segments[0].text = f"Doc 1: for {query}"
-            seen.append((template, query, e.question, more))
+            seen.append((template, query, e.question, options))
         return episodes
 
     monkeypatch.setattr(simulator, "rollout", spied)
     found = simulate(engine, QUERIES[:40], 0.5)
     assert [docs[0].text for docs in found] == [f"for {query}" for query in QUERIES[:40]]
-    some = noisy(0, 2, 0.5)
+    is_noise = noisy(0, 2, 0.5)
     helpful = {query for template, query, _, _ in seen if template is HELPFUL}
     bare = {query for template, query, _, _ in seen if template is NOISY}
-    assert bare == {query for query, bad in zip(QUERIES[:40], some, strict=False) if bad}
+    assert bare == {query for query, bad in zip(QUERIES[:40], is_noise, strict=False) if bad}
     assert helpful | bare == set(QUERIES[:40]) and not helpful & bare and helpful and bare
-    for template, query, question, more in seen:
+    for template, query, question, options in seen:
         i = QUERIES.index(query)
-        told = template is HELPFUL
-        assert (f"gold{i}" in question.text) == (f"where is w{i}" in question.text) == told
+        assert (f"gold{i}" in question.text) == (f"where is w{i}" in question.text) == (template is HELPFUL)
         assert question.answers == [] and question.choices is None
-        assert more["temperature"] == 0.8 and more["max_completion_length"] == 600
-        assert (more["seed"], more["step"]) == (0, 2)
+        assert options["temperature"] == 0.8 and options["max_completion_length"] == 600
+        assert (options["seed"], options["step"]) == (0, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def test_only_the_helpful_prompt_tells_question_and_answer(engine, monkeypatch):
 
 
 def spy(monkeypatch, cls) -> list:
-    """Every search of a simulator: (step, share, queries, questions)."""
+    """Records every search of a simulator: (step, share, queries, questions)."""
     calls, real = [], cls.search
 
     def search(self, queries, k, questions):
@@ -243,11 +242,11 @@ def spy(monkeypatch, cls) -> list:
 
 
 @pytest.fixture
-def eager(monkeypatch, world):  # noqa: F811
+def eager(monkeypatch, world):
     """A policy whose rows all begin with a search, and a reward that differs within a group."""
     tokenizer = AutoTokenizer.from_pretrained(world["model"])
     begin = tokenizer.convert_tokens_to_ids("<think> w1 </think> <search> w2 </search>".split())
-    streams, real, random = {}, runner.sample, rollout.uniforms
+    streams, real, random = {}, runner.sample, rollout.uniform_stream
 
     def sample(logits, u, temperature):
         tokens, logps = real(logits, u, temperature)
@@ -259,15 +258,16 @@ def eager(monkeypatch, world):  # noqa: F811
     def reward(episode, question, **options):
         return {"reward": sum(episode.ids) % 3 / 2, "em": 0.0}
 
-    monkeypatch.setattr(rollout, "uniforms", lambda n, *key: random(1, *key) * n)  # a row's own number
+    # all numbers of a row are the same one, by which `sample` knows the row
+    monkeypatch.setattr(rollout, "uniform_stream", lambda n, *key: random(1, *key) * n)
     monkeypatch.setattr(runner, "sample", sample)
-    monkeypatch.setitem(grpo.REWARDS, "eager", reward)
+    monkeypatch.setitem(REWARDS, "eager", Reward(reward))
 
 
 @pytest.mark.parametrize("engine_is", ["corpus", "model"])
-def test_training_asks_the_simulator(world, monkeypatch, eager, engine_is):  # noqa: F811
-    """ZeroSearch for three steps: every search goes to the simulator, with its question and this step's
-    share of noise."""
+def test_training_searches_with_the_simulator(world, monkeypatch, eager, engine_is):
+    """ZeroSearch trains for three steps. Every search goes to the simulator, with its question and the share
+    of noise of the step."""
     calls = spy(monkeypatch, CorpusSimulator if engine_is == "corpus" else ModelSimulator)
     flags = world | {"method": "zerosearch", "max_steps": "3", "noise_start": "0.2", "noise_end": "0.8"}
     flags |= {"max_completion_length": "48", "topk": "1", "max_searches": "1", "reward": "eager"}
@@ -285,8 +285,8 @@ def test_training_asks_the_simulator(world, monkeypatch, eager, engine_is):  # n
         assert all(row["tools/call_frequency"] == 1 for row in rows)
 
 
-def test_a_simulator_needs_no_corpus(world):  # noqa: F811
-    """That is the point of one: without --eval there is nothing that a real search is for."""
+def test_a_simulator_needs_no_corpus(world):
+    """That is the purpose of a simulator: without --eval no real search is made."""
     world.pop("corpus")
     flags = world | {"method": "zerosearch", "max_steps": "1", "simulator": world["model"]}
     assert run_main(flags) == 0

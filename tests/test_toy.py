@@ -1,7 +1,8 @@
 """python -m pytest tests/test_toy.py
 
-What the toy world's base models read: every dialect in its own form, right by its own reward, and a
-closed-book part that knows neither tool nor tags. Building the world is grpo.py's first command, not a test.
+What the toy world's base models are trained on: transcripts of every dialect in its form, which are right by
+its reward, and a closed-book part with neither tool nor tags. No test trains a base model, since that takes
+minutes.
 """
 
 import random
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 import toy
-from data import COT, DIRECT, RAG, InputError, Question, Template
+from data import Episode, InputError, Question, Segment
+from prompts import COT, DIRECT, RAG, Template
 from reward import METHODS, exact_match, parse_episode
-from rollout import Episode, Segment, decode
+from rollout import decode
 
 WORLD = toy.World.make(0)
 TOKENIZER = toy.make_tokenizer(WORLD)
@@ -35,8 +37,8 @@ def transcripts(method: str, n: int = 400, **options) -> list[tuple[str, str]]:
 
 
 def episode(text: str, method: str, question: Question) -> Episode:
-    """The text as the sampler would have cut it: a result is the environment's, unless the policy writes its
-    own, and </answer> or <eos> ends it."""
+    """The text as a rollout would have cut it into segments: a result is the environment's, unless the policy
+    writes its results itself, and </answer> or <eos> ends the episode."""
     template = METHODS[method].template
     assert text.endswith(" <eos>")
     text = text.removesuffix(" <eos>")
@@ -53,27 +55,27 @@ HOPS = "composed", "two_hop"  # kinds of question that take two searches
 
 def gold(prompt: str, text: str) -> tuple[str | None, str]:
     """(the right answer by what the transcript's reader can know, kind of the question), found in the text
-    and the world by rules of our own; None where nobody could know."""
+    and the world by other rules than toy.py's. The answer is None where nobody could know it."""
     words = re.search(r"what is (?:the )?(.*) \?", prompt)[1].split()
-    told = {}
+    facts = {}
     for relation, name, value in re.findall(r"(\w+) of (\w+) is (\w+) \.", text):
-        told.setdefault((relation, name), value)
+        facts.setdefault((relation, name), value)
     if "plus" in words:
         return str(int(words[0]) + int(words[2])), "arithmetic"
     if "friend" in words:
-        value = told.get((words[0], told.get(("friend", words[-1]))))
+        value = facts.get((words[0], facts.get(("friend", words[-1]))))
         if words[-1] not in WORLD.known:
             return value, "two_hop"
         assert value in (None, WORLD.facts[words[0], WORLD.facts["friend", words[-1]]])
         return value, "composed"
     if words[-1] in WORLD.known:
         return WORLD.facts[words[0], words[-1]], "known"
-    return told.get((words[0], words[-1])), "unknown"
+    return facts.get((words[0], words[-1])), "unknown"
 
 
 @pytest.mark.parametrize("method", DIALECTS)
 def test_every_transcript_is_a_right_episode(method):
-    """Parsed by the rules of the reward: its shape, its answer, and what it is paid."""
+    """The rules of the reward read its shape and its answer, and give it a known reward."""
     shapes, kinds, guesses = set(), set(), []
     for prompt, text in transcripts(method, closed_book=0.0):
         answer, kind = gold(prompt, text)
@@ -89,18 +91,18 @@ def test_every_transcript_is_a_right_episode(method):
             assert not searched and p.answer in toy.HOMES + toy.COLOURS
             continue
         assert exact_match(p.answer, question) == 1.0, text
-        paid = METHODS[method].reward(e, question, group=[e])["reward"]
+        reward = METHODS[method].reward(e, question, group=[e])["reward"]
         if method == "sem":
             assert p.valid
             right = exact_match(p.first, question) == 1.0
             assert right or kind in ("unknown", *HOPS)  # what it knows it also drafts
             guesses += [right] * (kind in ("unknown", *HOPS))
-            assert paid == (not right if searched else right)
+            assert reward == (not right if searched else right)
         elif method == "ssrl":
             form = 0.5 if not searched else 2 / 3 if kind in HOPS else 1.0
-            assert paid == pytest.approx(0.9 + 0.1 * form)
+            assert reward == pytest.approx(0.9 + 0.1 * form)
         else:
-            assert paid == 1.0
+            assert reward == 1.0
     assert shapes == SHAPES[method]
     assert kinds == {(k, s) for k in ("known", "unknown", *HOPS, "arithmetic") for s in (True, False)}
     if guesses:  # drafts about the unknown are right by chance, one in twelve
@@ -111,8 +113,8 @@ def test_every_transcript_is_a_right_episode(method):
 def test_how_often_a_base_model_searches(method):
     rows = [(gold(*row)[1], "<search>" in row[1]) for row in transcripts(method, 1500, closed_book=0.0)]
     for kinds, share in ((("known", "composed", "arithmetic"), 0.6), (("unknown", "two_hop"), 0.85)):
-        some = [searched for kind, searched in rows if kind in kinds]
-        assert sum(some) / len(some) == pytest.approx(share, abs=0.06)
+        searches = [searched for kind, searched in rows if kind in kinds]
+        assert sum(searches) / len(searches) == pytest.approx(share, abs=0.06)
 
 
 @pytest.mark.parametrize("method", DIALECTS)
@@ -122,9 +124,9 @@ def test_closed_book_transcripts_hold_no_tag(method):
         answer, kind = gold(prompt, text)
         if kind in ("known", "arithmetic"):
             assert text == f"{answer} <eos>"
-    told = transcripts(method, 1000)
-    assert sum("<tool>" not in prompt for prompt, _ in told) == pytest.approx(100, abs=35)
-    assert all(("<tool>" in prompt) == ("<think>" in text) for prompt, text in told)
+    rows = transcripts(method, 1000)
+    assert sum("<tool>" not in prompt for prompt, _ in rows) == pytest.approx(100, abs=35)
+    assert all(("<tool>" in prompt) == ("<think>" in text) for prompt, text in rows)
 
 
 @pytest.mark.parametrize("template", [*(METHODS[m].template for m in METHODS), DIRECT, COT, RAG])
@@ -143,7 +145,7 @@ def test_no_word_of_the_world_is_unknown():
 
 
 def test_a_result_tells_no_fact_twice():
-    """Two values of one fact in one result: nothing to learn from but confusion."""
+    """Two values of one fact in one result would teach the base model nothing."""
     rng = random.Random(0)
     for name in WORLD.unknown * 20:
         docs = toy.results(WORLD, rng, "home", name, "oslo")
@@ -171,25 +173,25 @@ def test_what_is_no_toy_world_is_left_alone(monkeypatch, tmp_path):
     weights.write_text("a night's work")
     (tmp_path / "out" / "world.json").write_text("{}")  # even there
     for place in (tmp_path / "out", weights):
-        with pytest.raises(InputError, match="holds something that is no toy world"):
+        with pytest.raises(InputError, match="holds something that is not a toy world; it is left as it is"):
             toy.build(toy.Config(output_dir=str(place)))
     assert weights.read_text() == "a night's work" and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 @pytest.mark.parametrize("method", DIALECTS)
 @pytest.mark.parametrize("wrong, expected", [([], (1, 1)), ([-1], (0, 1)), ([-2], (1, 0))])
-def test_exam_asks_the_answer_and_the_thought_behind_a_result(method, wrong, expected):
-    """Not the answer behind that thought, which only repeats it. The stand-in says what comes next, but for
-    some of the values that a text names."""
+def test_exam_asks_the_answer_and_the_thought_after_a_result(method, wrong, expected):
+    """It does not ask the answer after that thought, which only repeats it. The stand-in for the model
+    predicts the next token of every text, except at the places in `wrong` among the values that it names."""
     values = set(TOKENIZER.convert_tokens_to_ids(toy.HOMES + toy.COLOURS))
 
     def model(input_ids):
-        said = input_ids.roll(-1, 1)
-        for row in said:
+        predicted = input_ids.roll(-1, 1)
+        for row in predicted:
             named = [i for i, token in enumerate(row.tolist()) if token in values]
             for i in wrong:
                 row[named[i] if len(named) >= -i else 0] = toy.PAD
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(said, len(TOKENIZER)))
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(predicted, len(TOKENIZER)))
 
     assert toy.exam(model, WORLD, TOKENIZER, method) == expected
 

@@ -1,0 +1,251 @@
+"""python -m pytest tests/test_config.py
+
+The tests are about flags and the ranges of their values, and about what a user sees of a mistake: one line
+that names what is wrong and where, exit code 2, and nothing written.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import arguments, run_main
+
+import config as module
+from config import RANGES, Config, check
+from data import InputError
+from reward import METHODS, REWARDS
+
+ROOT = Path(__file__).parent.parent
+
+# ------------------------------------------------------------------------------------------------------------
+# flags and ranges
+
+
+def kinds() -> dict[str, type]:
+    """Field name -> its type; of `float | None` it is float."""
+    hints = typing.get_type_hints(Config)
+    return {
+        name: next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
+        for name, hint in hints.items()
+    }
+
+
+def test_every_flag_has_its_help():
+    notes = module.comments(Config)
+    assert [f.name for f in dataclasses.fields(Config) if not notes.get(f.name)] == []
+
+
+def test_every_number_has_a_range():
+    """Except the seed, which may be any number."""
+    assert RANGES.keys() == {name for name, kind in kinds().items() if kind in (int, float)} - {"seed"}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_out_of_its_range_is_named(name):
+    """The bounds themselves are allowed. The next number outside of them, nan and infinity are not."""
+    low, high = RANGES[name]
+    integer = kinds()[name] is int
+    for value in (low, high):
+        if value != math.inf:
+            assert getattr(check(replace(Config(), **{name: value})), name) == value
+    outside = [low - 1 if integer else math.nextafter(low, -math.inf), math.nan, math.inf, -math.inf]
+    if high != math.inf:
+        outside.append(high + 1 if integer else math.nextafter(high, math.inf))
+    bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+    for value in outside:
+        with pytest.raises(InputError) as error:
+            check(replace(Config(), **{name: value}))
+        assert str(error.value) == f"--{name} {value}: must be a number {bounds}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rewards_that_fit(method):
+    """A reward that reads the final answer alone fits every method."""
+    for name in ("", method, "search-r1", "zerosearch", *(() if method == "ssrl" else ("otc", "flat"))):
+        config = Config(method=method, reward=name)
+        assert check(config) == config
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sem_kept_is_for_the_reward_sem(method):
+    """The reward may be that of the method, or given by --reward."""
+    for name in ("", *REWARDS):
+        reward = name or method
+        if not REWARDS[reward].fits(METHODS[method].template):
+            continue
+        config = Config(method=method, reward=name, sem_kept=0.1)
+        if reward == "sem":
+            assert check(config) == config
+        else:
+            with pytest.raises(InputError, match=r"--sem_kept 0\.1: only for the reward sem"):
+                check(config)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# bad input, in this process
+
+
+def no_tokenizer(folder):
+    for path in (folder / "model").glob("*tok*"):
+        path.unlink()
+
+
+def no_chat_template(folder):
+    (folder / "model" / "chat_template.jinja").unlink()
+
+
+def bad_line(folder):
+    with open(folder / "known.jsonl", "a") as file:
+        file.write('{"id": "1", "question"\n')
+
+
+def empty_set(folder):
+    (folder / "known.jsonl").write_text("")
+
+
+def empty_corpus(folder):
+    (folder / "corpus.jsonl").write_text("")
+
+
+def bad_corpus(folder):
+    (folder / "corpus.jsonl").write_text('{"id": "0", "contents": "a"}\n{"id": 1}\n')
+
+
+def long_prompt(folder):
+    row = {"id": "long", "question": "who " * 70, "golden_answers": ["x"]}
+    with open(folder / "known.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+BAD = {  # flags, what is damaged, what the message contains
+    "group of one": ({"num_generations": "1"}, None, "--num_generations 1: must be a number at least 2"),
+    "tau": ({"tau": "1.5"}, None, "--tau 1.5: must be a number between 0 and 1"),
+    "tau is a number": ({"tau": "nan"}, None, "--tau nan"),
+    "loss type": ({"loss_type": "ppo"}, None, "--loss_type ppo: must be one of grpo, dapo, dr_grpo"),
+    "missing file": ({"train": "nowhere/known.jsonl"}, None, "nowhere/known.jsonl"),
+    "unknown data set": ({"train": "musiqe"}, None, "musiqe"),
+    "malformed line": ({}, bad_line, "known.jsonl:41"),
+    "empty data set": ({}, empty_set, "known.jsonl"),
+    "empty corpus": ({}, empty_corpus, "corpus.jsonl"),
+    "malformed corpus": ({}, bad_corpus, "corpus.jsonl"),
+    "no model": ({"model": "nowhere/model"}, None, "nowhere/model"),
+    "no directory": ({"model": "./nowhere/model"}, None, "--model ./nowhere/model: no such directory"),
+    "no tokenizer": ({}, no_tokenizer, "model"),
+    "no chat template": ({}, no_chat_template, "chat template"),
+    "prompt longer than the context": ({}, long_prompt, "long"),
+    "no run to resume": ({"resume": None}, None, "--resume"),
+    "no data set": ({"train": " , "}, None, "--train"),
+    "infinite": ({"learning_rate": "inf"}, None, "--learning_rate inf: must be a number"),
+    "output below a file": ({"output_dir": "/dev/null/out"}, None, "--output_dir /dev/null/out"),
+    "a server that is down": ({"retriever": "http://127.0.0.1:9"}, None, "--retriever"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, world, tmp_path, monkeypatch):
+    change, damage, expected = BAD[case]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if damage:
+        damage(tmp_path)
+    switches = ["--resume"] if "resume" in change else []
+    with pytest.raises(InputError) as error:
+        run_main(world | {k: v for k, v in change.items() if v is not None}, *switches)
+    message = str(error.value)
+    assert expected in message and "\n" not in message
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the program
+
+
+def test_unknown_flag_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "grpo.py"), "--modle", "x"],
+        cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--modle" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+DOES_NOT_FIT = "--reward {}: it cannot read what --method {} writes"
+REFUSED = {
+    "method": ({"method": "semm"}, "--method semm: must be one of sem, ssrl"),
+    "reward": ({"reward": "em"}, "--reward em: must be one of sem"),
+    "a reward that is gone": ({"reward": "sem_kept"}, "--reward sem_kept: must be one of sem"),
+    "no draft": ({"method": "search-r1", "reward": "sem"}, DOES_NOT_FIT.format("sem", "search-r1")),
+    "no draft to keep": (
+        {"method": "research", "sem_kept": "0.1"},
+        "--sem_kept 0.1: only for the reward sem",
+    ),
+    "no search to count": ({"method": "ssrl", "reward": "flat"}, DOES_NOT_FIT.format("flat", "ssrl")),
+    "no box": ({"reward": "research"}, DOES_NOT_FIT.format("research", "sem")),
+    "no box either": (
+        {"method": "ssrl", "reward": "research_paper"},
+        DOES_NOT_FIT.format("research_paper", "ssrl"),
+    ),
+    "no self-search": (
+        {"method": "zerosearch", "reward": "ssrl"},
+        DOES_NOT_FIT.format("ssrl", "zerosearch"),
+    ),
+    "noise": ({"method": "zerosearch", "noise_end": "1.5"}, "--noise_end 1.5: must be a number between"),
+    "noise is a number": (
+        {"method": "zerosearch", "noise_start": "nan"},
+        "--noise_start nan: must be a number between",
+    ),
+    "a server is no simulator": (
+        {"method": "zerosearch", "retriever": "http://127.0.0.1:9"},
+        "--method zerosearch: give --simulator",
+    ),
+    "no simulator": ({"method": "zerosearch", "simulator": "nowhere/model"}, "--simulator nowhere/model"),
+    "nothing to simulate": ({"simulator": "nowhere/model"}, "nowhere/model: --method sem does not"),
+    "nothing to keep": (
+        {"reward": "otc", "sem_kept": "0.1"},
+        "--sem_kept 0.1: only for the reward sem",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, world, tmp_path, capsys, monkeypatch):
+    """The program prints one line, exits with code 2, and writes nothing."""
+    change, expected = REFUSED[case]
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *arguments(world | change)])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "grpo.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert err.count("\n") == 1 and err.startswith("grpo.py: error: ") and expected in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+OUTSIDE_OF_TRAINING = [(FULL, 2, "error: out of GPU memory: try"), (KeyboardInterrupt(), 130, "stopped")]
+
+
+@pytest.mark.parametrize("program", ["grpo.py", "evaluate.py"])
+@pytest.mark.parametrize("error, code, message", OUTSIDE_OF_TRAINING)
+def test_what_stops_a_program_outside_of_training_is_one_line(
+    program, error, code, message, monkeypatch, capsys
+):
+    def stop(*args):
+        raise error
+
+    monkeypatch.setattr("data.load", stop)
+    flags = ["--model", "m", "--train" if program == "grpo.py" else "--data", "t.jsonl"]
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    line = capsys.readouterr().err
+    assert stopped.value.code == code and line.startswith(f"{program}: {message}") and line.count("\n") == 1

@@ -1,0 +1,495 @@
+"""python -m pytest tests/test_run.py
+
+The tests are about the run directory, checkpoints, resuming, signals, and the settings that a run derives.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from worlds import arguments, run_main, timeless
+
+import grpo
+import run as module
+from config import TOY, Config
+from data import InputError
+from reward import METHODS
+from run import Signals, checkpoints, hold_signals, resolve
+
+ROOT = Path(__file__).parent.parent
+LOGS = "metrics.jsonl", "transcripts.jsonl"
+
+
+def finish(flags: dict[str, str], max_steps: int):
+    """Resumes a run until `max_steps` steps are done."""
+    assert run_main({"output_dir": flags["output_dir"], "max_steps": str(max_steps)}, "--resume") == 0
+
+
+def assert_same_run(a: str | Path, b: str | Path):
+    """The two runs ended with the same weights and logs, bit for bit."""
+    first, second = (load_file(Path(out) / "model.safetensors") for out in (a, b))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    for name in LOGS:
+        assert timeless(Path(a) / name) == timeless(Path(b) / name)
+
+
+def steps_of(flags: dict[str, str]) -> list[int]:
+    """The steps in metrics.jsonl."""
+    return [row["step"] for row in timeless(Path(flags["output_dir"]) / "metrics.jsonl")]
+
+
+@pytest.fixture
+def undisturbed(world, lively):
+    """The directory of a run of four steps that nothing disturbs."""
+    flags = world | {"output_dir": world["output_dir"] + "-undisturbed"}
+    assert run_main(flags) == 0
+    return flags["output_dir"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# resuming
+
+
+@pytest.mark.parametrize("switches", [(), ("--num_iterations", "2", "--loss_type", "dapo")])
+def test_resume_is_exact(world, lively, switches, tmp_path):
+    """N steps give the same weights and metrics, bit for bit, as k steps, a stop, and N - k steps."""
+    assert run_main(world | {"output_dir": str(tmp_path / "whole")}, *switches) == 0
+    part = world | {"output_dir": str(tmp_path / "part")}
+    assert run_main(part | {"max_steps": "3"}, *switches) == 0
+    # as if killed in step 4: step 3 is in the logs, but its checkpoint was not written
+    shutil.rmtree(tmp_path / "part" / "checkpoint-3")
+    (tmp_path / "part" / "model.safetensors").unlink()
+    finish(part, 4)
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    rows = timeless(tmp_path / "part" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["kl"] > 0  # the reference is still the start model
+
+
+def test_resume_keeps_the_method(world, monkeypatch):
+    flags = world | {"method": "search-r1", "reward": "otc", "max_steps": "1"}
+    assert run_main(flags) == 0
+    again = {"output_dir": world["output_dir"], "max_steps": "2"}
+    for flag, value in (("method", "sem"), ("reward", "flat")):
+        with pytest.raises(InputError, match=f"--resume: --{flag} is "):
+            run_main(again | {flag: value}, "--resume")
+    templates, real = [], grpo.rollout
+
+    def spied(model, tokenizer, template, *args, **options):
+        templates.append(template)
+        return real(model, tokenizer, template, *args, **options)
+
+    monkeypatch.setattr(grpo, "rollout", spied)
+    finish(flags, 2)
+    stored = json.loads((Path(world["output_dir"]) / "run.json").read_text())
+    assert (stored["method"], stored["reward"]) == ("search-r1", "otc")
+    assert templates == [METHODS["search-r1"].template]
+
+
+@pytest.mark.parametrize("text", ['{"config": {}, "measures": {"x": {"em": 1}}}', '{"bef', "[]"])
+def test_another_eval_json_does_not_stop_a_resume(world, lively, capsys, text):
+    """evaluate.py writes a file of that name too, and somebody may let it write into this directory."""
+    sets = {"eval": world["train"], "eval_size": "4"}
+    assert run_main(world | sets | {"max_steps": "1"}) == 0
+    path = Path(world["output_dir"]) / "eval.json"
+    path.write_text(text)
+    finish(world, 2)
+    assert "it will be replaced" in "".join(capsys.readouterr())
+    assert set(json.loads(path.read_text())) == {"after"}
+
+
+def damage_tensors(folder):
+    (folder / "optimizer.safetensors").write_bytes(b"12345")
+
+
+def damage_state(folder):
+    (folder / "trainer_state.json").write_text("{}")
+
+
+def damage_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"12345")
+
+
+@pytest.mark.parametrize("damage", [damage_tensors, damage_state, damage_weights])
+def test_a_damaged_checkpoint_is_named(world, lively, damage):
+    assert run_main(world | {"max_steps": "2"}) == 0
+    damage(Path(world["output_dir"]) / "checkpoint-2")
+    with pytest.raises(InputError, match=r"--resume:? .*checkpoint-2") as error:
+        finish(world, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_is_not_resumed_to_an_earlier_step(world, lively):
+    assert run_main(world | {"max_steps": "2"}) == 0
+    with pytest.raises(InputError, match=r"--max_steps 1: .* is at step 2 already"):
+        finish(world, 1)
+    assert json.loads((Path(world["output_dir"]) / "run.json").read_text())["max_steps"] == 2
+
+
+def test_a_second_run_into_the_same_folder_is_refused(world, lively):
+    assert run_main(world | {"max_steps": "1"}) == 0
+    with pytest.raises(InputError, match="holds a run"):
+        run_main(world | {"max_steps": "1"})
+    with pytest.raises(InputError, match="--learning_rate"):
+        run_main({"output_dir": world["output_dir"], "learning_rate": "1"}, "--resume")
+
+
+def test_a_line_cut_short_does_not_stop_a_resume(world, lively):
+    assert run_main(world) == 0
+    with open(Path(world["output_dir"]) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "rew')
+    finish(world, 5)
+    assert steps_of(world) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_json_without_settings_is_named(world):
+    out = Path(world["output_dir"])
+    out.mkdir()
+    for text in ("{", '{"modle": 1}'):
+        (out / "run.json").write_text(text)
+        with pytest.raises(InputError, match=r"run\.json"):
+            run_main({"output_dir": world["output_dir"]}, "--resume")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the directory
+
+
+def test_every_flag_is_in_run_json(world, lively):
+    assert run_main(world) == 0
+    stored = json.loads((Path(world["output_dir"]) / "run.json").read_text())
+    assert set(stored) == {f.name for f in fields(Config)}
+    assert stored["micro_batch_tokens"] > 0 and stored["rollout_slots"] == 16
+    assert stored["bf16"] is torch.cuda.is_available()
+
+
+def test_transcripts_show_every_source(world, lively):
+    assert run_main(world | {"max_steps": "1"}, "--log_completions", "2") == 0
+    rows = timeless(Path(world["output_dir"]) / "transcripts.jsonl")
+    assert {row["source"] for row in rows} == {"known", "unknown"}
+
+
+def test_the_start_model_is_not_overwritten(world, lively, tmp_path):
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for place in (world["model"], f"{tmp_path}/other/../model"):
+        with pytest.raises(InputError, match="that is --model"):
+            run_main(world | {"output_dir": place})
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_costs_a_warning(world, lively, monkeypatch, capsys):
+    """Of the checkpoint that does not fit nothing is left. Earlier ones stay, and training goes on."""
+    real = module.save_file
+
+    def full(tensors, path):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        return real(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", full)
+    assert run_main(world | {"max_steps": "6", "save_total_limit": "9"}) == 0
+    out = Path(world["output_dir"])
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+    assert "checkpoint-4 was not written" in "".join(capsys.readouterr())
+
+
+def test_no_room_on_the_disk_is_an_error_at_the_start(world, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    with pytest.raises(InputError, match="GB are free"):
+        run_main(world)
+    assert not Path(world["output_dir"]).exists()
+
+
+def test_only_complete_checkpoints_count_and_old_ones_go(world, lively):
+    assert run_main(world | {"max_steps": "8"}) == 0
+    out = Path(world["output_dir"])
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    (out / "checkpoint-8" / "trainer_state.json").unlink()
+    (out / "checkpoint-10.tmp").mkdir()
+    assert [p.name for p in checkpoints(out)] == ["checkpoint-6"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what the command line leaves open
+
+
+@pytest.mark.parametrize("given, expected", [(None, None), (True, True), (False, False)])
+def test_bf16_is_for_a_gpu_unless_the_flag_is_given(world, monkeypatch, given, expected):
+    config = Config(model=world["model"], output_dir=world["output_dir"], bf16=given)
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        flags = {"model", "output_dir"} | ({"bf16"} if given is not None else set())
+        assert resolve(config, flags).bf16 is (gpu if expected is None else expected)
+
+
+@pytest.mark.parametrize("method, place", [("sem", "out/toy"), ("search-r1", "out/toy-search-r1")])
+def test_without_a_model_it_is_the_toy_world(monkeypatch, tmp_path, method, place):
+    """The defaults of the toy world apply, except where the command line gives a flag."""
+    built = []
+    monkeypatch.setattr(module.toy, "build", lambda config: built.append(config) or tmp_path / "world")
+    monkeypatch.chdir(tmp_path)
+    config = resolve(Config(method=method, max_steps=7, seed=3), {"method", "max_steps", "seed"})
+    assert config.output_dir == place and config.max_steps == 7
+    assert [(toy.method, toy.seed) for toy in built] == [(method, 3)]
+    assert config.model == f"{tmp_path}/world/model" and config.corpus == f"{tmp_path}/world/corpus.jsonl"
+    assert config.train.split(",")[0] == f"{tmp_path}/world/train/known.jsonl"
+    assert config.eval.split(",")[0] == f"{tmp_path}/world/test/known_train.jsonl"
+    for name in TOY.keys() - {"train", "eval", "output_dir", "max_steps"}:
+        assert getattr(config, name) == TOY[name], name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# signals, and a GPU that is full
+
+
+@pytest.fixture
+def handlers(monkeypatch):
+    """Asserts that the handlers after the test are those before it, and that no signal has ended the process
+    at once."""
+
+    def exit_at_once(code):
+        raise AssertionError("os._exit was called")
+
+    monkeypatch.setattr(os, "_exit", exit_at_once)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert Signals.installed is None
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def at_the_end_of(real, call: int, action):
+    """`real`, with `action` at the end of its call number `call`."""
+    calls = []
+
+    def wrapped(*args, **options):
+        result = real(*args, **options)
+        calls.append(None)
+        if len(calls) == call:
+            action()
+        return result
+
+    return wrapped
+
+
+@pytest.mark.parametrize("phase", ["rollout", "policy_loss"])
+def test_a_signal_before_the_weights_move_drops_the_step(
+    world, undisturbed, monkeypatch, handlers, capsys, phase
+):
+    """The run stops with a checkpoint of the last whole step, and nothing of the dropped step is logged."""
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, phase, at_the_end_of(getattr(grpo, phase), 3, terminate))
+        assert run_main(world | {"save_steps": "50"}) == 130
+    assert "stopped after step 2" in "".join(capsys.readouterr())
+    assert steps_of(world) == [1, 2]
+    assert {row["step"] for row in timeless(Path(world["output_dir"]) / "transcripts.jsonl")} == {1, 2}
+    assert [p.name for p in checkpoints(Path(world["output_dir"]))] == ["checkpoint-2"]
+    finish(world, 4)
+    assert_same_run(world["output_dir"], undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_signal_while_the_weights_move_waits_for_the_end_of_the_step(
+    world, undisturbed, monkeypatch, handlers, moment
+):
+    """The step is recorded, and the checkpoint contains it."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(*args, **options):
+        calls.append(None)
+        if len(calls) == 3 and moment == "before":
+            terminate()
+        result = real(*args, **options)
+        if len(calls) == 3 and moment == "after":
+            terminate()
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        assert run_main(world | {"save_steps": "50"}) == 130
+    assert steps_of(world) == [1, 2, 3]
+    assert [p.name for p in checkpoints(Path(world["output_dir"]))] == ["checkpoint-3"]
+    finish(world, 4)
+    assert_same_run(world["output_dir"], undisturbed)
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_signal_while_the_step_is_recorded_waits_for_the_end_of_the_step(
+    world, lively, monkeypatch, handlers, log
+):
+    """This also holds for a step without an update, here one whose searches have all failed."""
+    rollout, append, calls = grpo.rollout, module.Run.append, []
+
+    def failed(*args, **options):
+        episodes = rollout(*args, **options)
+        for episode in episodes:
+            episode.stop = "search_failed"
+        return episodes
+
+    def interrupted(run, name, rows):
+        calls.append(name)
+        if name == log and calls.count(log) == 2:
+            terminate()
+        append(run, name, rows)
+
+    monkeypatch.setattr(grpo, "rollout", failed)
+    monkeypatch.setattr(module.Run, "append", interrupted)
+    assert run_main(world | {"save_steps": "50"}) == 130
+    assert steps_of(world) == [1, 2]
+    transcripts = timeless(Path(world["output_dir"]) / "transcripts.jsonl")
+    assert {row["step"] for row in transcripts} == {1, 2}
+    assert [p.name for p in checkpoints(Path(world["output_dir"]))] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_checkpoint_is_always_finished(world, undisturbed, monkeypatch, handlers, number):
+    """One signal or two while it is written: it is completed first, and then the run stops."""
+    real = module.save_file
+
+    def save_file(*args):
+        for _ in range(number):
+            terminate()
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", save_file)
+        assert run_main(world) == 130
+    assert steps_of(world) == [1, 2]
+    out = Path(world["output_dir"])
+    assert [p.name for p in checkpoints(out)] == ["checkpoint-2"] and not list(out.glob("*.tmp"))
+    finish(world, 4)
+    assert_same_run(world["output_dir"], undisturbed)
+
+
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(world, lively, monkeypatch, handlers):
+    monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 1, terminate))
+    assert run_main(world) == 130
+    out = Path(world["output_dir"])
+    assert not list(out.glob("checkpoint-*")) and not (out / "metrics.jsonl").exists()
+
+
+def test_handlers_are_those_of_training_alone(world, lively, monkeypatch, handlers):
+    """They are put back after the last step, and also after an error."""
+    during = []
+    spy = at_the_end_of(grpo.rollout, 1, lambda: during.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(grpo, "rollout", spy)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_main(world | {"max_steps": "1"}) == 0
+    assert isinstance(during[0], Signals) and signal.getsignal(signal.SIGTERM) is before
+
+    def fail(run):
+        raise InputError("a mistake")
+
+    monkeypatch.setattr(grpo, "train_step", fail)
+    with pytest.raises(InputError, match="a mistake"):
+        finish(world, 2)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_hold_signals_outside_of_training_does_nothing(handlers):
+    hold_signals()
+    assert Signals.installed is None
+
+
+def start(*argv: str, cwd: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *argv], cwd=cwd, stderr=subprocess.PIPE)
+
+
+def wait_until(condition, process: subprocess.Popen):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended, or nothing happens"
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_and_resumes(world, tmp_path):
+    """The program stops in the middle of a run with exit code 130 and a checkpoint of the last whole step,
+    from which it goes on."""
+    flags = arguments(world | {"max_steps": "100000"})
+    process = start(str(ROOT / "grpo.py"), *flags, cwd=tmp_path)
+    metrics = Path(world["output_dir"]) / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err.decode()[-2000:]
+    steps = steps_of(world)
+    assert steps == list(range(1, len(steps) + 1))
+    newest = checkpoints(Path(world["output_dir"]))[-1]
+    assert newest.name == f"checkpoint-{steps[-1]}"
+    finish(world, steps[-1] + 1)
+    assert steps_of(world)[-1] == steps[-1] + 1
+
+
+DRIVER = f"""
+import os, pathlib, signal, sys, time
+from dataclasses import replace
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
+import torch
+import grpo
+from reward import METHODS
+from worlds import lively_reward
+
+METHODS["sem"] = replace(METHODS["sem"], reward=lively_reward)
+real, calls = torch.optim.AdamW.step, []
+
+
+def step(*args, **options):
+    calls.append(None)
+    result = real(*args, **options)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pathlib.Path("held").touch()
+        time.sleep(300)
+    return result
+
+
+torch.optim.AdamW.step = step
+grpo.program()
+"""
+
+
+def test_a_second_signal_ends_the_program_at_once(world, undisturbed, tmp_path):
+    """The first one comes while the weights move, and waits. The second one does not, even there, and the
+    directory can be resumed from the checkpoint before."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    process = start("driver.py", *arguments(world), cwd=tmp_path)
+    wait_until((tmp_path / "held").exists, process)
+    time.sleep(0.5)
+    assert process.poll() is None  # the first signal waits
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err.decode()[-2000:]
+    assert steps_of(world) == [1, 2]
+    assert [p.name for p in checkpoints(Path(world["output_dir"]))] == ["checkpoint-2"]
+    finish(world, 4)
+    assert_same_run(world["output_dir"], undisturbed)
+
+
+@pytest.mark.parametrize("where, saved", [("rollout", ["checkpoint-2"]), ("step", [])])
+def test_a_full_gpu_is_one_line(world, lively, monkeypatch, handlers, where, saved):
+    """The last whole step is saved, unless the weights are in the middle of an update."""
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    if where == "rollout":
+        monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 3, full))
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", at_the_end_of(torch.optim.AdamW.step, 3, full))
+    with pytest.raises(InputError, match="out of GPU memory in step 3: --resume with other") as error:
+        run_main(world | {"save_steps": "50"})
+    assert "\n" not in str(error.value)
+    assert steps_of(world) == [1, 2]
+    assert [p.name for p in checkpoints(Path(world["output_dir"]))] == saved
