@@ -54,10 +54,10 @@ class Doc:
 class Segment:
     """A piece of an episode with one writer. The kinds:
 
-    model    the policy wrote it
-    env      the search result that the environment added
-    retry    the reminder of a template, see `prompts.Template.retry`
-    forced   an opening search tag that the environment added, see `rollout(force_search=True)`"""
+    model      the policy wrote it
+    env        the search result that the environment added
+    reminder   what the environment adds after a turn without query and answer, see prompts.Template
+    forced     an opening search tag that the environment added, see `rollout(force_search=True)`"""
 
     kind: str
     ids: list[int]

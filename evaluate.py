@@ -38,7 +38,7 @@ from model import check_prompts, load_model, probe
 from prompts import COT, DIRECT, RAG, Template, encode_foreign
 from retriever import RetrieverError, open_retriever
 from reward import METHODS, f1, parse_episode
-from rollout import decode, rollout
+from rollout import detokenize, rollout
 
 
 @dataclass
@@ -169,7 +169,7 @@ def retrieve_once(sets: dict[str, list[Question]], retriever, topk: int, max_doc
             lines = []
             for i, doc in enumerate(docs, 1):
                 ids = encode_foreign(f"{doc.title}: {doc.text}", tokenizer, RAG)[:max_doc_tokens]
-                lines.append(f"Doc {i}: {decode(tokenizer, ids)}\n")
+                lines.append(f"Doc {i}: {detokenize(tokenizer, ids)}\n")
             text = "".join(lines) + f"\nQuestion: {question.text}"
             with_documents[name].append(replace(question, text=text))
     return with_documents

@@ -28,9 +28,9 @@ import kernels
 from config import LOSS_TYPES, TOY, Config, fail, parse
 from data import Episode, InputError, mix
 from measures import step_metrics
-from rollout import by_tokens, rollout
+from rollout import rollout, split_by_tokens
 from run import Run, Signals, hold_signals, resolve
-from simulator import noise
+from simulator import noise_share
 
 # ------------------------------------------------------------------------------------------------------------
 # the objective
@@ -114,7 +114,7 @@ def make_batches(episodes: list[Episode], advantage: list[float], config: Config
     # the last id is left out, because nothing is predicted from it
     sequences = [(i, (e.prompt_ids + e.ids)[:-1]) for i, e in enumerate(episodes) if any(e.loss_mask)]
     batches = []
-    for part in by_tokens(sequences, config.micro_batch_tokens):
+    for part in split_by_tokens(sequences, config.micro_batch_tokens):
         width = max(len(ids) for _, ids in part)
         places, values = [], []
         for row, (i, _) in enumerate(part):
@@ -129,11 +129,11 @@ def make_batches(episodes: list[Episode], advantage: list[float], config: Config
     return batches
 
 
-def hidden_states(model, batch: Batch, bf16: bool) -> torch.Tensor:
+def hidden_states(model, batch: Batch, bf16: bool | None) -> torch.Tensor:
     """[N, H]: the hidden states at the loss positions. Only these are predicted, so the head is applied to
     these alone. kernels/ does that in chunks, because the logits of all tokens of a batch would be its
     largest tensor: 8,192 tokens with 151,936 logits in fp32 are 5 GB."""
-    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bool(bf16)):
         hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [rows, width, H]
     hidden = hidden[batch.row, batch.position]
     return hidden.bfloat16() if bf16 else hidden
@@ -225,13 +225,13 @@ def update(
 # one step
 
 
-def train_step(run: Run) -> dict[str, float]:
-    """Step `run.step` (from 0): samples, rewards, updates, and records the step. Returns the metrics that it
-    wrote to metrics.jsonl."""
+def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
+    """Step `run.step` (from 0): samples, rewards, updates, and records the step. Returns its metrics, which
+    are then in metrics.jsonl, and its episodes."""
     config, size, start = run.config, run.config.num_generations, time.perf_counter()
     questions = mix(run.sources, config.prompts_per_step, config.seed, run.step)
     if run.method.simulated:
-        share = noise(run.step, config.max_steps, config.noise_start, config.noise_end)
+        share = noise_share(run.step, config.max_steps, config.noise_start, config.noise_end)
         run.train_retriever.set_step(run.step, share)
     counts: dict[str, int] = {}
     episodes = rollout(
@@ -267,7 +267,7 @@ def train_step(run: Run) -> dict[str, float]:
     metrics |= {"learning_rate": lr, "seconds/rollout": sampled - start, "step_time": end - start}
     metrics["tokens/s"] = sum(len(e.ids) for e in episodes) / (end - start)
     run.record(metrics, episodes, parts, advantage)
-    return metrics
+    return metrics, episodes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -283,13 +283,13 @@ def train(run: Run) -> int:
     with bar, Signals() as signals:
         try:
             while run.step < config.max_steps:
-                metrics = train_step(run)
+                metrics, episodes = train_step(run)
                 ratios = {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("search_ratio/")}
                 shown = [f"search {source} {ratio:.2f}" for source, ratio in ratios.items()]
                 bar.set_postfix_str(", ".join([f"reward {metrics['reward']:.3f}", *shown]))
                 bar.update()
-                failed = metrics["tools/failure_frequency"]  # failed searches per episode
-                answered = metrics["tools/call_frequency"] * (1 - failed)  # answered searches per episode
+                failed = sum(e.stop == "search_failed" for e in episodes)
+                answered = sum(e.searches for e in episodes)
                 if failed or answered:  # a step without any search says nothing about the retriever
                     without_retriever = without_retriever + 1 if failed > answered else 0
                 if without_retriever == 3:

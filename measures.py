@@ -53,12 +53,17 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
     lengths = [e.policy_tokens for e, _ in counted]
     terminated = [e.policy_tokens for e, _ in counted if e.stop in ("eos", "answer")]
     groups = [[p for p in parts[i : i + group_size] if p] for i in range(0, len(parts), group_size)]
-    spreads = [torch.tensor([p["reward"] for p in g], dtype=torch.float64) for g in groups if len(g) > 1]
     rewards = torch.tensor([p["reward"] for _, p in counted], dtype=torch.float64)
+    spreads, equal = [], []  # for groups of at least two, stacked by size: std, whether all rewards are equal
+    for size in range(2, group_size + 1):
+        if same_size := [[p["reward"] for p in group] for group in groups if len(group) == size]:
+            stacked = torch.tensor(same_size, dtype=torch.float64)  # [groups, size]
+            spreads.append(stacked.std(1))
+            equal.append(stacked.amax(1) - stacked.amin(1) < 1e-6)
     metrics = {
         "reward": rewards.sum().item() / n,
-        "reward_std": torch.stack([r.std() for r in spreads]).mean().item() if spreads else 0.0,
-        "frac_reward_zero_std": mean(float(r.max() - r.min() < 1e-6) for r in spreads) or 0.0,
+        "reward_std": torch.cat(spreads).mean().item() if spreads else 0.0,
+        "frac_reward_zero_std": torch.cat(equal).double().mean().item() if equal else 0.0,
         "completions/mean_length": sum(lengths) / n,
         "completions/min_length": min(lengths, default=0),
         "completions/max_length": max(lengths, default=0),

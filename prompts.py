@@ -35,7 +35,7 @@ class Template:
     raw: bool = False  # there are no tags: the whole text is the answer
     self_search: bool = False  # the model writes the results itself; these tokens are not trained on
     answer_ends: bool = False  # </answer> ends the episode, as an end token does
-    retry: str = ""  # reminder after a turn without query and answer; empty: that turn ends the episode
+    reminder: str = ""  # reminder after a turn without query and answer; empty: that turn ends the episode
 
     @property
     def tags(self) -> tuple[str, str, str, str]:
@@ -47,7 +47,7 @@ class Template:
 # their instructions into the user's message. Here they are the system message for every method, so that the
 # user's message is the question alone.
 
-SHORT = "An answer is a few words, or the letter alone if options are given."
+ANSWER_RULE = "An answer is a few words, or the letter alone if options are given."
 
 # SEM, arXiv 2505.07903. The prompt of the paper (its section 2.3) is not public in text form.
 SEM = Template(
@@ -56,7 +56,7 @@ SEM = Template(
     "are sure of it, stop there. If you are not, write a query between <search> and </search>; what the "
     "search engine finds comes back between <result> and </result>. After a result you may reason again "
     "between <think> and </think>, and search again with another query. When you know enough, give the final "
-    f"answer between <answer> and </answer>. {SHORT}",
+    f"answer between <answer> and </answer>. {ANSWER_RULE}",
     draft=True,
 )
 
@@ -66,11 +66,11 @@ SEARCH_R1 = Template(
     "you learn something new. If you find that some knowledge is missing, write a query between <search> and "
     "</search>; what the search engine finds comes back between <information> and </information>. Search as "
     "often as you want. When nothing more is needed, give the answer alone between <answer> and </answer>. "
-    f"{SHORT}",
+    f"{ANSWER_RULE}",
     result="information",
     answer_ends=True,
-    retry="\nThat was neither a query nor an answer. I have to write a query between <search> and </search>, "
-    "or the answer between <answer> and </answer>. Let me try again.\n",
+    reminder="\nThat was neither a query nor an answer. I have to write a query between <search> and "
+    "</search>, or the answer between <answer> and </answer>. Let me try again.\n",
 )
 
 # arXiv 2503.19470 and github.com/Agent-RL/ReCall, branch re-search.
@@ -78,7 +78,7 @@ RESEARCH = Template(
     "You solve questions step by step, with a search tool. First reason between <think> and </think>. "
     "When you need a fact, write a query between <search> and </search>; what the tool finds comes back "
     "between <result> and </result>, and you reason on. At the end write one answer between <answer> and "
-    f"</answer>, with the final exact answer in \\boxed{{}} inside it. {SHORT}",
+    f"</answer>, with the final exact answer in \\boxed{{}} inside it. {ANSWER_RULE}",
     boxed=True,
 )
 
@@ -89,7 +89,7 @@ SSRL = Template(
     "you learn something new. If some knowledge is missing, write a query between <search> and </search>, "
     "and then yourself write what a search engine would find, its top results, between <information> and "
     "</information>. Search as often as you want. When nothing more is needed, reason a last time between "
-    f"<think> and </think> and give the answer alone between <answer> and </answer>. {SHORT}",
+    f"<think> and </think> and give the answer alone between <answer> and </answer>. {ANSWER_RULE}",
     result="information",
     self_search=True,
 )
@@ -97,13 +97,14 @@ SSRL = Template(
 # The baselines. DIRECT is also the closed-book prompt that measures what a model knows. For that purpose it
 # mentions neither a tool nor tags. Under the prompt of its method, a policy that has learnt to search may
 # write a junk draft, which would make a question look unknown although the model knows the answer.
-DIRECT = Template(f"Answer the question. Write only the answer, nothing else. {SHORT}", raw=True)
+DIRECT = Template(f"Answer the question. Write only the answer, nothing else. {ANSWER_RULE}", raw=True)
 COT = Template(
     "Answer the question. First reason step by step between <think> and </think>, then give the answer alone "
-    f"between <answer> and </answer>. {SHORT}"
+    f"between <answer> and </answer>. {ANSWER_RULE}"
 )
 RAG = Template(  # naive RAG as in FlashRAG (github.com/RUC-NLPIR/FlashRAG): one retrieval, no reasoning
-    f"Answer the question by the documents given. Write only the answer, nothing else. {SHORT}", raw=True
+    f"Answer the question by the documents given. Write only the answer, nothing else. {ANSWER_RULE}",
+    raw=True,
 )
 
 

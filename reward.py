@@ -186,7 +186,7 @@ def parse_episode(episode: Episode) -> Parse:
         if segment.kind == "env":
             shape, last = shape + "R", None
             continue
-        if segment.kind == "retry":
+        if segment.kind == "reminder":
             shape += "M"
             continue
         if segment.kind == "forced":  # an opening tag: what the policy writes next belongs to its block
@@ -236,7 +236,7 @@ def outline(episode: Episode) -> str:
     """The text that a format rule is checked on: the policy's text, a placeholder for every result, and no
     reminders."""
     t = episode.template
-    replaced = {"env": f"<{t.result}>found</{t.result}>", "retry": ""}
+    replaced = {"env": f"<{t.result}>found</{t.result}>", "reminder": ""}
     return "".join(replaced.get(s.kind, s.text) for s in episode.segments)
 
 

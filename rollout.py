@@ -164,7 +164,7 @@ class SearchLoop:
     def __post_init__(self):
         self.ends = end_ids(self.model, self.tokenizer)
         self.closers = closing_ids(self.tokenizer)
-        self.retry_ids = self.tokenizer(self.template.retry, add_special_tokens=False).input_ids
+        self.reminder_ids = self.tokenizer(self.template.reminder, add_special_tokens=False).input_ids
         self.forced_text = f"\n<{self.template.search}>"
         self.forced_ids = self.tokenizer(self.forced_text, add_special_tokens=False).input_ids
 
@@ -195,7 +195,7 @@ class SearchLoop:
             for slot, row in zip(slots, group, strict=True):
                 self.table[slot] = row
             groups.append((slots, group[0].episode.prompt_ids))
-        for part in by_tokens(groups):
+        for part in split_by_tokens(groups):
             logits = self.prefill([slots[0] for slots, _ in part], [prompt for _, prompt in part])
             for slots, prompt in part:
                 self.cache.copy(slots[0], slots[1:], len(prompt))
@@ -222,7 +222,7 @@ class SearchLoop:
                 self.finish(row, "search_failed")
             else:
                 ids = encode_result(docs, self.tokenizer, self.template, self.max_doc_tokens)
-                row.reply = Segment("env", ids, decode(self.tokenizer, ids))
+                row.reply = Segment("env", ids, detokenize(self.tokenizer, ids))
         chunks = []  # (slot, the row's last token and its reply)
         for slot in waiting:
             if (row := self.table[slot]) is None or row.reply is None:
@@ -240,7 +240,7 @@ class SearchLoop:
             episode.searches += row.query is not None
             row.turns += reply.kind != "forced"
             row.query = row.reply = None
-        for part in by_tokens(chunks):
+        for part in split_by_tokens(chunks):
             self.counts["prefill_tokens"] += sum(len(chunk) - 1 for _, chunk in part)
             self.counts["decode_tokens"] += len(part)
             slots = [slot for slot, _ in part]
@@ -324,7 +324,7 @@ class SearchLoop:
         if self.completes(row, f"</{t.search}>"):
             self.handle_query(row)
         elif t.answer_ends and self.completes(row, f"</{t.answer}>"):
-            if f"<{t.answer}>" in decode(self.tokenizer, row.sampled):
+            if f"<{t.answer}>" in detokenize(self.tokenizer, row.sampled):
                 self.finish(row, "answer")
             else:
                 self.end_turn(row, "answer")
@@ -338,10 +338,10 @@ class SearchLoop:
         For the tokens "</", "search", ">." and the tag </search> it is 3. After one more token it is 0,
         because the tag was complete before."""
         tail = row.sampled[-len(tag) :]  # enough, because a token has at least one character
-        if tag not in decode(self.tokenizer, tail):
+        if tag not in detokenize(self.tokenizer, tail):
             return 0
-        n = next(n for n in range(1, len(tail) + 1) if tag in decode(self.tokenizer, tail[-n:]))
-        return 0 if tag in decode(self.tokenizer, tail[-n:-1]) else n
+        n = next(n for n in range(1, len(tail) + 1) if tag in detokenize(self.tokenizer, tail[-n:]))
+        return 0 if tag in detokenize(self.tokenizer, tail[-n:-1]) else n
 
     def mask_result(self, row: Row):
         """Excludes a result block that the model writes itself from the loss (SSRL, arXiv 2508.10874): its
@@ -356,7 +356,7 @@ class SearchLoop:
         """The row has just closed a search tag: reads the query, and lets the row wait for its result."""
         t = self.template
         closing = f"</{t.search}>"
-        before = decode(self.tokenizer, row.sampled).rpartition(closing)[0]
+        before = detokenize(self.tokenizer, row.sampled).rpartition(closing)[0]
         _, earlier, before = before.rpartition(closing)  # SSRL: an earlier query, already answered
         _, opening, query = before.rpartition(f"<{t.search}>")
         segments = row.episode.segments
@@ -382,7 +382,7 @@ class SearchLoop:
         Uncertainty is the mean of -p log2 p over the tokens of the query and its tags, where p is the
         probability of the sampled token."""
         opening, n = f"<{self.template.search}>", 1  # a forced opening tag is not among the sampled ids
-        while n < len(row.sampled) and opening not in decode(self.tokenizer, row.sampled[-n:]):
+        while n < len(row.sampled) and opening not in detokenize(self.tokenizer, row.sampled[-n:]):
             n += 1
         bits = [-math.exp(logp) * logp / math.log(2) for logp in row.episode.logps[-n:]]
         before, row.uncertainty = row.uncertainty, sum(bits) / n
@@ -391,8 +391,8 @@ class SearchLoop:
     def end_turn(self, row: Row, stop: str):
         """Ends a turn without a query: with the template's reminder if it has one and the budget allows a
         further turn, otherwise by ending the episode for the reason `stop`."""
-        if self.retry_ids and row.turns < self.max_searches:
-            row.reply = Segment("retry", self.retry_ids, self.template.retry)
+        if self.reminder_ids and row.turns < self.max_searches:
+            row.reply = Segment("reminder", self.reminder_ids, self.template.reminder)
         else:
             self.finish(row, stop)
 
@@ -413,7 +413,7 @@ class SearchLoop:
     def end_segment(self, row: Row):
         """Turns the sampled ids into a segment; the end token is among its ids, but not in its text."""
         text_ids = row.sampled[:-1] if row.sampled[-1] in self.ends else row.sampled
-        row.episode.segments.append(Segment("model", row.sampled, decode(self.tokenizer, text_ids)))
+        row.episode.segments.append(Segment("model", row.sampled, detokenize(self.tokenizer, text_ids)))
         row.sampled = []
 
     def finish(self, row: Row, stop: str):
@@ -439,11 +439,11 @@ def uniform_stream(n: int, seed: int, step: int, row: int) -> list[float]:
     return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(key)).tolist()
 
 
-def decode(tokenizer, ids: list[int]) -> str:
+def detokenize(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def by_tokens(items: list[tuple], budget: int = PREFILL_TOKENS) -> list[list[tuple]]:
+def split_by_tokens(items: list[tuple], budget: int = PREFILL_TOKENS) -> list[list[tuple]]:
     """Cuts [(.., ids), ..] into parts of at most `budget` padded tokens, and at least one item. Short items
     come first, so that items of like lengths share a part and little is padding."""
     parts: list[list[tuple]] = []

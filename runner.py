@@ -36,7 +36,7 @@ class SlotCache(Cache):
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.slots, self.max_len = slots, max_len
 
-    def aim(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
+    def select(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
         """Sets where the next forward pass writes, `positions` [rows, new], and how many positions it reads.
         `rows` is an int n, for the first n slots, or a tensor of slots."""
         first = isinstance(rows, int)
@@ -86,7 +86,7 @@ def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: in
     Every position attends to all positions up to its own."""
     sees = torch.arange(kv_len, device=ids.device) <= positions[..., None]  # [rows, new, kv_len]
     padding = positions > last[:, None]
-    cache.aim(slots, positions.masked_fill(padding, cache.max_len), kv_len)
+    cache.select(slots, positions.masked_fill(padding, cache.max_len), kv_len)
     return model.base_model(
         input_ids=ids,
         attention_mask=sees[:, None],  # boolean [rows, 1, new, kv_len], as SDPA takes it

@@ -12,7 +12,7 @@ Not here: the fine-tuned simulators of the paper (any causal language model can 
 with real search, which evaluate.py does.
 
     simulator = CorpusSimulator(BM25(docs), seed=0)
-    simulator.set_step(step, noise(step, max_steps, 0.0, 0.5))
+    simulator.set_step(step, noise_share(step, max_steps, 0.0, 0.5))
     results = simulator.search(queries, k=3, questions=questions)
 """
 
@@ -41,7 +41,7 @@ NOISY = Template(
 )
 
 
-def noise(step: int, max_steps: int, start: float, end: float) -> float:
+def noise_share(step: int, max_steps: int, start: float, end: float) -> float:
     """p(i), the share of noisy results in step `step` (from 0) of `max_steps`."""
     return start + (4 ** (step / max_steps) - 1) / 3 * (end - start)
 

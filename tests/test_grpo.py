@@ -518,20 +518,27 @@ GOOD_STEP = {
 }
 
 
+def searching(failed: int, answered: int) -> list[Episode]:
+    """Episodes of which so many failed, and with so many answered searches, the first of them in one that
+    failed later."""
+    episodes = episodes_with_results()[:3]
+    for i, episode in enumerate(episodes):
+        episode.stop = "search_failed" if i < failed else "eos"
+    episodes[0].searches, episodes[1].searches = min(answered, 1), max(0, answered - 1)
+    return episodes
+
+
 @pytest.mark.parametrize(
-    "failed, answered, stops",
-    [(0.3, 0.0, True), (0.3, 0.2, True), (0.3, 0.28, True), (0.2, 0.3, False)],
+    "failed, answered, stops", [(1, 0, True), (3, 2, True), (1, 1, False), (2, 2, False), (2, 3, False)]
 )
 def test_a_retriever_that_dies_stops_the_run(world, monkeypatch, failed, answered, stops):
-    """`failed` and `answered` are shares of all episodes. Compared are the episodes that searched, so that a
-    policy that seldom searches does not hide it. A step without any search says nothing."""
-    steps = iter([(failed, answered), (0.0, 0.0)] * 4)
+    """Searches are compared with searches, so that a policy that seldom searches does not hide a retriever
+    that is down. A step without any search says nothing, so it neither counts nor ends the row of three."""
+    steps = iter([(failed, answered), (0, 0)] * 4)
 
     def step(run):
-        failed, answered = next(steps)
         run.step += 1
-        searches = answered / (1 - failed)  # for each episode whose search did not fail
-        return GOOD_STEP | {"tools/failure_frequency": failed, "tools/call_frequency": searches}
+        return GOOD_STEP, searching(*next(steps))
 
     monkeypatch.setattr(grpo, "train_step", step)
     if stops:
@@ -549,7 +556,7 @@ def test_ten_steps_without_a_finite_gradient_stop_the_run(world, monkeypatch, no
 
     def step(run):
         run.step += 1
-        return GOOD_STEP | {"grad_norm": next(steps)}
+        return GOOD_STEP | {"grad_norm": next(steps)}, []
 
     monkeypatch.setattr(grpo, "train_step", step)
     flags = world | {"max_steps": "20", "save_steps": "50"}

@@ -20,7 +20,9 @@ MODULES = ["kernels.reference", *(path.stem for path in ROOT.glob("*.py"))]
 
 
 def test_every_equation_has_its_function():
-    names = re.findall(r"^\| .* \| `([\w.]+)` \|$", (ROOT / "bench" / "EQUATIONS.md").read_text(), re.MULTILINE)
+    names = re.findall(
+        r"^\| .* \| `([\w.]+)` \|$", (ROOT / "bench" / "EQUATIONS.md").read_text(), re.MULTILINE
+    )
     assert len(names) >= 20
     for name in names:
         module = next(m for m in MODULES if name.startswith(f"{m}."))

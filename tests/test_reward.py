@@ -1252,11 +1252,11 @@ METHOD_TAGS = [*TAGS, "<information>", "</information>"]
 CHUNKS = [*METHOD_TAGS, *NEAR_TAGS, *BLOCKS.values(), r"\boxed{", "}", "{", "your query", "yes", "A", "\n"]
 CHUNKS += [" "]
 anything = st.lists(st.sampled_from(CHUNKS) | st.text(max_size=5), max_size=12).map("".join)
-kinds = st.sampled_from(["model", "model", "env", "retry", "forced"])
+kinds = st.sampled_from(["model", "model", "env", "reminder", "forced"])
 any_pieces = st.lists(st.tuples(kinds, anything))
 stops = st.sampled_from(["eos", "eos", "answer", "length", "turns", "bad_query", "search_failed", ""])
 method_templates = [method.template for method in METHODS.values()]
-RETRIED = [("model", T), ("retry", "no"), ("model", "<answer>\\boxed{Marie Curie}</answer>")]
+RETRIED = [("model", T), ("reminder", "no"), ("model", "<answer>\\boxed{Marie Curie}</answer>")]
 
 
 def assembled(pieces, stop, question, template, tokens=0):
@@ -1290,7 +1290,7 @@ def test_any_episode_is_paid_within_bounds_and_retrieved_text_pays_nothing(
     least = -0.1 * e.searches if name == "flat" else 0
     assert all(type(part) is float and math.isfinite(part) for part in paid.values())
     assert least - 1e-9 <= paid["reward"] <= 1 + 1e-9
-    pieces = [(kind, foreign if kind in ("env", "retry") else text) for kind, text in pieces]
+    pieces = [(kind, foreign if kind in ("env", "reminder") else text) for kind, text in pieces]
     other = assembled(pieces, stop, question, template)
     assert REWARDS[name](other, question, group=[other, right]) == paid
 

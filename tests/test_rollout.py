@@ -28,7 +28,7 @@ from model import load_model, probe
 from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, encode_result, render
 from retriever import BM25, RetrieverError
 from reward import parse_episode, ssrl
-from rollout import by_tokens, end_ids, rollout, uniform_stream
+from rollout import end_ids, rollout, split_by_tokens, uniform_stream
 from runner import SlotCache, sample, step_hidden
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
@@ -461,7 +461,7 @@ def test_greedy_is_generate_token_for_token(shape):
 
 def test_padded_parts_of_a_prefill_stay_within_their_budget():
     chunks = [(i, [0] * n) for i, n in enumerate([5, 1, 9, 2, 2, 30, 4, 9])]
-    parts = by_tokens(chunks, budget=18)
+    parts = split_by_tokens(chunks, budget=18)
     assert sorted(item for part in parts for item in part) == sorted(chunks)
     assert all(len(part) == 1 or len(part) * max(len(c) for _, c in part) <= 18 for part in parts)
     assert len(parts) < len(chunks)
@@ -472,7 +472,7 @@ def test_prefill_in_parts_changes_nothing(monkeypatch):
     arguments = {"group_size": 2, "retriever": Shelf(), "max_completion_length": 40}
     whole = rollout(model, words(), SEM, questions(6), **arguments)
     assert sum(e.searches for e in whole) >= 5
-    monkeypatch.setattr(module.by_tokens, "__defaults__", (20,))
+    monkeypatch.setattr(module.split_by_tokens, "__defaults__", (20,))
     agree(model, words(), rollout(model, words(), SEM, questions(6), **arguments), whole, 1.0, 40)
 
 
@@ -912,10 +912,10 @@ def test_an_answer_ends_the_episode(script):
         assert (e.stop, kinds(e), e.searches) == ("answer", ["model"], 0)
         assert e.ids == row[: len(text)] and e.loss_mask == [True] * len(text)
         assert parse_episode(e).answer == "b"
-    assert kinds(episodes[3]) == ["model", "retry", "model"] and parse_episode(episodes[3]).answer == "a"
+    assert kinds(episodes[3]) == ["model", "reminder", "model"] and parse_episode(episodes[3]).answer == "a"
 
 
-TURNS = [  # what is sampled with a budget of 2; segments (m r e: model, retry, env), stop, searches
+TURNS = [  # what is sampled with a budget of 2; segments (m r e: model, reminder, env), stop, searches
     ("<answer> n1 </answer>", "m", "answer", 0),
     ("<eos> <answer> n1 </answer>", "mrm", "answer", 0),
     ("<think> n1 </think> <eos> n2 <end> <answer> n1 </answer>", "mrmrm", "answer", 0),
@@ -944,12 +944,12 @@ def test_after_a_turn_without_query_and_answer_comes_a_reminder(script):
     template = replace(SEARCH_R1, result="result")
     episodes = rollout(model, words(), template, questions(len(rows)), retriever=Shelf(), max_searches=2)
     check(model, words(), episodes)
-    message = words()(SEARCH_R1.retry, add_special_tokens=False).input_ids
+    message = words()(SEARCH_R1.reminder, add_special_tokens=False).input_ids
     for e, row, (text, shape, stop, searches) in zip(episodes, rows, TURNS, strict=True):
         assert ("".join(kind[0] for kind in kinds(e)), e.stop, e.searches) == (shape, stop, searches), text
         assert sampled(e) == row, text
-        reminders = [s for s in e.segments if s.kind == "retry"]
-        assert all((s.ids, s.text) == (message, SEARCH_R1.retry) for s in reminders)
+        reminders = [s for s in e.segments if s.kind == "reminder"]
+        assert all((s.ids, s.text) == (message, SEARCH_R1.reminder) for s in reminders)
         assert "M" not in parse_episode(e).shape or reminders
 
 
@@ -961,13 +961,13 @@ def test_no_more_turns_than_the_budget(script, budget):
     silent, searching = rollout(
         model, words(), template, questions(2), retriever=Shelf(), max_searches=budget
     )
-    assert kinds(silent) == ["model", "retry"] * budget + ["model"] and silent.stop == "eos"
+    assert kinds(silent) == ["model", "reminder"] * budget + ["model"] and silent.stop == "eos"
     assert kinds(searching) == ["model", "env"] * budget + ["model"] and searching.stop == "turns"
 
 
 def test_a_message_that_does_not_fit_is_dropped(script):
-    message = len(words()(SEARCH_R1.retry, add_special_tokens=False).input_ids)
-    for room, shape in ((0, ["model"]), (1, ["model", "retry", "model"])):
+    message = len(words()(SEARCH_R1.reminder, add_special_tokens=False).input_ids)
+    for room, shape in ((0, ["model"]), (1, ["model", "reminder", "model"])):
         script([ids(words(), "n1 <eos> n2 n3 n4")], words().eos_token_id)
         model = build("llama", words(), context=2048)
         cap = 2 + message + room

@@ -19,7 +19,7 @@ import simulator
 from data import Doc, Question
 from retriever import BM25
 from reward import REWARDS, Reward
-from simulator import HELPFUL, NOISY, CorpusSimulator, ModelSimulator, documents, noise
+from simulator import HELPFUL, NOISY, CorpusSimulator, ModelSimulator, documents, noise_share
 
 QUERIES = [f"who is w{i}" for i in range(400)]
 DOCS = [Doc(str(i), f"w{i}", f"who is w{i}") for i in range(40)]
@@ -38,14 +38,14 @@ def questions(n: int) -> list[Question]:
     [(0, 0.0), (1, (math.sqrt(2) - 1) / 6), (2, 1 / 6), (3, (2 * math.sqrt(2) - 1) / 6), (4, 0.5)],
 )
 def test_noise_by_hand(step, expected):
-    assert noise(step, 4, 0.0, 0.5) == pytest.approx(expected)
+    assert noise_share(step, 4, 0.0, 0.5) == pytest.approx(expected)
 
 
 def test_noise_from_elsewhere():
-    assert noise(0, 203, 0.25, 0.75) == 0.25 and noise(203, 203, 0.25, 0.75) == 0.75
-    assert noise(101.5, 203, 0.25, 0.75) == pytest.approx(0.25 + 0.5 / 3)  # halfway it is a third
-    assert noise(7, 10, 0.3, 0.3) == 0.3
-    assert noise(5, 10, 0.5, 0.0) == pytest.approx(1 / 3)  # it may fall, too
+    assert noise_share(0, 203, 0.25, 0.75) == 0.25 and noise_share(203, 203, 0.25, 0.75) == 0.75
+    assert noise_share(101.5, 203, 0.25, 0.75) == pytest.approx(0.25 + 0.5 / 3)  # halfway it is a third
+    assert noise_share(7, 10, 0.3, 0.3) == 0.3
+    assert noise_share(5, 10, 0.5, 0.0) == pytest.approx(1 / 3)  # it may fall, too
 
 
 def noisy(seed: int, step: int, share: float, queries=QUERIES) -> list[bool]:
@@ -274,7 +274,9 @@ def test_training_searches_with_the_simulator(world, monkeypatch, eager, engine_
     if engine_is == "model":
         flags |= {"simulator": world["model"]}
     assert run_main(flags) == 0
-    assert [(step, share) for step, share, _, _ in calls] == [(i, noise(i, 3, 0.2, 0.8)) for i in range(3)]
+    assert [(step, share) for step, share, _, _ in calls] == [
+        (i, noise_share(i, 3, 0.2, 0.8)) for i in range(3)
+    ]
     for _, _, queries, questions in calls:
         assert queries == ["w2"] * 16
         assert {q.source for q in questions} == {"known", "unknown"}

@@ -16,7 +16,7 @@ import toy
 from data import Episode, InputError, Question, Segment
 from prompts import COT, DIRECT, RAG, Template
 from reward import METHODS, exact_match, parse_episode
-from rollout import decode
+from rollout import detokenize
 
 WORLD = toy.World.make(0)
 TOKENIZER = toy.make_tokenizer(WORLD)
@@ -32,7 +32,7 @@ SHAPES = {  # of a transcript: without a search, with one, with two
 def transcripts(method: str, n: int = 400, **options) -> list[tuple[str, str]]:
     """(prompt, text): what stands before and behind the <assistant> of a transcript."""
     rng, config = random.Random(f"test {method}"), toy.Config(method=method, **options)
-    rows = (decode(TOKENIZER, toy.transcript(WORLD, rng, config, TOKENIZER)) for _ in range(n))
+    rows = (detokenize(TOKENIZER, toy.transcript(WORLD, rng, config, TOKENIZER)) for _ in range(n))
     return [row.split(" <assistant> ") for row in rows]
 
 
@@ -134,14 +134,14 @@ def test_every_tag_is_one_token(template: Template):
     for tag in template.tags:
         for text in (f"<{tag}>", f"</{tag}>"):
             [i] = TOKENIZER(text, add_special_tokens=False).input_ids
-            assert i != TOKENIZER.unk_token_id and decode(TOKENIZER, [i]) == text
+            assert i != TOKENIZER.unk_token_id and detokenize(TOKENIZER, [i]) == text
 
 
 def test_no_word_of_the_world_is_unknown():
     """All that a transcript says is in the vocabulary."""
     for method in DIALECTS:
         assert not any("<unk>" in text or "<unk>" in prompt for prompt, text in transcripts(method, 200))
-    assert "<unk>" not in decode(TOKENIZER, TOKENIZER("\\boxed{ oslo }").input_ids)
+    assert "<unk>" not in detokenize(TOKENIZER, TOKENIZER("\\boxed{ oslo }").input_ids)
 
 
 def test_a_result_tells_no_fact_twice():
