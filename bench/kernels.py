@@ -1,9 +1,9 @@
 """The GRPO loss beside other ways to compute it: from given logits, and from hidden states with the head.
 
-    pip install liger-kernel trl cut-cross-entropy      # for the comparison only; what is absent is named so
+    pip install liger-kernel trl cut-cross-entropy      # only for the comparison; a package that is absent is marked so
     python bench/kernels.py                             # a minute on a CPU, some more on a GPU
 
-It writes its tables into bench/RESULTS.md. Without a GPU only the first table is measured, that of the twin.
+It writes its tables into bench/RESULTS.md. Without a GPU only the table of the CPU is measured.
 
 On a CPU: one thread, CPU time, both sides take turns, and the best of the rounds counts. The logits are fresh
 before every turn, outside of its time. Memory is the peak of what torch allocates beyond the logits.
@@ -265,7 +265,7 @@ def from_hidden(n: int, width: int, density: float, compiled) -> dict:
         torch.autograd.grad(loss, (hidden, weight))
 
     def products():
-        """The matrix products that every way needs: those of the kept rows, in the same chunks."""
+        """The three matrix products that every way needs, of the rows under the mask, in the same chunks."""
         for h in hidden.detach()[: len(c.kept)].split(8192):
             logits = h @ weight.detach().T
             logits @ weight.detach(), logits.T @ h
@@ -315,7 +315,7 @@ def gpu_text() -> str:
     first = [["N", "density", *logit_ways], ["---:"] * 8]
     second = [["N", "H", "density", *hidden_ways], ["---:"] * 9]
     if not torch.cuda.is_available():
-        note = "No GPU was at hand: its rows are not measured."
+        note = "No GPU was available, so its rows are not measured."
         listed = [" / ".join(f"{x:,}" for x in values) for values in (ROWS, WIDTHS, DENSITIES)]
         first.append([listed[0], listed[2], *["not measured"] * 6])
         second.append([*listed, *["not measured"] * 6])
@@ -370,7 +370,7 @@ def main():
 
 `python bench/kernels.py`, {date.today()}, Python {platform.python_version()}, torch {torch.__version__}.
 
-CPU, the plain-torch twin: from {CPU_ROWS} rows of {VOCAB:,} given logits to loss, entropy and dlogits,
+On a CPU, the plain-torch version of the kernel: from {CPU_ROWS} rows of {VOCAB:,} given logits to loss, entropy and dlogits,
 beside log_softmax in fp32, gather and entropy with autograd. CPU time, one thread, the best of {ROUNDS}
 turns; MB at the peak beyond the logits.
 

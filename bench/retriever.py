@@ -82,7 +82,8 @@ def main():
 
 `python bench/retriever.py`, {date.today()}, Python {platform.python_version()}, {packages}.
 One thread, CPU time. Documents of {LENGTH} Zipf words, distinct queries of 6 to 8 words (in brackets: how
-many were timed), k = {K}, no query from the cache. The scores are equal bit for bit.
+many were timed), k = {K}, no query from the cache. idf is "okapi", with which
+the scores are equal bit for bit.
 
 {table}"""
     print(text)

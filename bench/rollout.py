@@ -254,8 +254,8 @@ CPU time, one thread, seed {SEED}, the best of {ROUNDS}, taking turns. A Qwen2 o
 script and are the same on both sides.
 
 Episodes of several turns: prompts of P tokens, groups of G, turns of C tokens, results of O; 16 rows, and 32
-in the last line. The peer prefills the whole context again at every turn, as TRL and Search-R1 do. Of the
-lines without seconds only the tokens are counted.
+in the last line. The peer prefills the whole context again at every turn, as TRL and Search-R1 do. In
+lines without seconds only the tokens were counted.
 
 {several}
 
