@@ -1,6 +1,6 @@
 """The GRPO loss beside other ways to compute it: from given logits, and from hidden states with the head.
 
-    pip install liger-kernel trl cut-cross-entropy      # only for the comparison; a package that is absent is marked so
+    pip install liger-kernel trl cut-cross-entropy      # only for the comparison, and marked where absent
     python bench/kernels.py                             # a minute on a CPU, some more on a GPU
 
 It writes its tables into bench/RESULTS.md. Without a GPU only the table of the CPU is measured.
@@ -370,9 +370,9 @@ def main():
 
 `python bench/kernels.py`, {date.today()}, Python {platform.python_version()}, torch {torch.__version__}.
 
-On a CPU, the plain-torch version of the kernel: from {CPU_ROWS} rows of {VOCAB:,} given logits to loss, entropy and dlogits,
-beside log_softmax in fp32, gather and entropy with autograd. CPU time, one thread, the best of {ROUNDS}
-turns; MB at the peak beyond the logits.
+On a CPU, the plain-torch version of the kernel: from {CPU_ROWS} rows of {VOCAB:,} given logits to loss,
+entropy and dlogits, beside log_softmax in fp32, gather and entropy with autograd. CPU time, one thread, the
+best of {ROUNDS} turns; MB at the peak beyond the logits.
 
 {table(rows)}
 
