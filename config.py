@@ -4,7 +4,8 @@ helper that turns a dataclass into a command line.
     config, given = parse(Config, "grpo.py", toy=TOY)    # reads sys.argv; `given`: names of the flags in it
     check(config)                                        # InputError for a value that makes no sense
 
-A mistake is one line on stderr and exit code 2. This file imports no torch, so that --help is fast."""
+A mistake is one line on stderr and exit code 2. This file imports no torch, so that programs without a model,
+such as retriever.py, start fast."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class Config:
     noise_end: float = 0.5  # zerosearch: share of noisy results at the end (ZeroSearch)
     # reward
     tau: float = 0.5  # sem: F1 from which the first answer counts as right (not published; our choice)
-    sem_kept: float | None = None  # sem: what a search after a right draft costs of F1(a2); none: all (SEM)
+    sem_kept: float | None = None  # sem: share of F1(a2) lost by a search after a right draft; none: all
     # objective
     beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
     epsilon: float = 0.2  # lower clip of the ratio (ReSearch)

@@ -49,7 +49,7 @@ class Config:
     data: str = ""  # data sets, comma-separated: a name (hub), name:path, or a path to JSONL
     method: str = ""  # the method whose prompt the model was trained on; none: as its run.json says, else sem
     baseline: str = ""  # in place of the method: direct, cot, rag (retrieve once), always (search is forced)
-    real_searches: str = ""  # ssrl: which searches get real results: the first K, all, or entropy
+    real_searches: str = ""  # ssrl: searches with real results: the first K, all (max_searches), or entropy
     corpus: str = ""  # JSONL of {"id", "contents"}; none: the paragraphs that multi-hop sets contain
     retriever: str = ""  # URL of a /retrieve server, in place of a corpus
     topk: int = 5  # documents a search returns (ReSearch, arXiv 2503.19470)

@@ -94,7 +94,7 @@ def token_scale(lengths: list[int], loss_type: str, max_completion_length: int) 
 class Batch:
     """One micro-batch: the padded token ids of its rows, and one entry for each of its N loss tokens."""
 
-    ids: torch.Tensor  # [rows, width] int64, padded on the right, to which no token attends (causal mask)
+    ids: torch.Tensor  # [rows, width] int64, padded on the right; causal attention never reads the padding
     row: torch.Tensor  # [N] int64: the row of the token
     position: torch.Tensor  # [N] int64: the position before the token, whose hidden state predicts it
     target: torch.Tensor  # [N] int64: the id of the token
@@ -130,9 +130,9 @@ def make_batches(episodes: list[Episode], advantage: list[float], config: Config
 
 
 def hidden_states(model, batch: Batch, bf16: bool | None) -> torch.Tensor:
-    """[N, H]: the hidden states at the loss positions. Only these are predicted, so the head is applied to
-    these alone. kernels/ does that in chunks, because the logits of all tokens of a batch would be its
-    largest tensor: 8,192 tokens with 151,936 logits in fp32 are 5 GB."""
+    """[N, H]: the hidden states at the loss positions. Only these predict a loss token, so the head is
+    applied to them alone. kernels/ does that in chunks, because the logits of all tokens of a batch would be
+    its largest tensor: 8,192 tokens with 151,936 logits in fp32 are 5 GB."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bool(bf16)):
         hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [rows, width, H]
     hidden = hidden[batch.row, batch.position]
@@ -279,7 +279,7 @@ def train(run: Run) -> int:
     retriever is down, if no gradient is finite, and if the GPU's memory is too small."""
     config = run.config
     bar = tqdm(total=config.max_steps, initial=run.step, desc="grpo", file=sys.stderr)
-    without_gradient = without_retriever = 0  # consecutive steps without a gradient, a working retriever
+    without_gradient = without_retriever = 0  # numbers of consecutive steps
     with bar, Signals() as signals:
         try:
             while run.step < config.max_steps:

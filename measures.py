@@ -248,7 +248,7 @@ SUMMARY = {
 
 
 def summary(records: list[Record]) -> dict[str, float]:
-    """The four figures of the table that grpo.py prints before and after training, and the number n."""
+    """The four figures of the table that grpo.py prints at the end, and the number n of questions."""
     return {name: mean(map(value, records)) or 0.0 for name, value in SUMMARY.items()} | {"n": len(records)}
 
 

@@ -94,7 +94,7 @@ def probe(model, tokenizer, max_len: int):
         attention that is wrong under the masks of the sampler
         logits that are not hidden @ lm_head.T (a bias, soft-capping, a scale), since kernels/ computes these
 
-    The last two are tried on a short ragged batch, against a plain forward pass."""
+    The last two are tried: attention on a short ragged batch, and the logits on a plain one."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])

@@ -1,4 +1,4 @@
-"""How a method talks to a model, and how text becomes token ids.
+"""The prompt and the tags of each method, and how text becomes token ids.
 
 Here: `Template` (a method's system prompt, its tags and its rules), the template of every method, and all
 functions that turn text into ids: `render` for prompts, `encode_result` for search results. Text that

@@ -2,8 +2,8 @@
 
 A retriever is any object with `search(queries, k) -> list[list[Doc]]`. Here these are `BM25` and `Remote`,
 and `open_retriever` chooses between them by the flags. Dense retrieval is not here; it can run behind
-/retrieve. Passages are made safe to show to a model in prompts.encode_foreign. BM25 is not for
-many millions of passages, since rank_bm25 holds one dict for each while it is built.
+/retrieve. prompts.encode_foreign makes passages safe to show to a model. BM25 is not for many millions of
+passages, since rank_bm25 holds one dict for each while it is built.
 
     python retriever.py --corpus corpus.jsonl --port 8000         # serves /retrieve on 127.0.0.1
 

@@ -24,7 +24,7 @@ Every episode ends for one of these reasons (`Episode.stop`):
 
     eos             an end token               turns       it asked for a search beyond the budget
     length          token or context budget    bad_query   an empty query, or </search> without <search>
-    search_failed   the retriever failed      answer      </answer>, where the template says that it ends it
+    search_failed   the retriever failed      answer      </answer>, if `Template.answer_ends`
 
 A call of the retriever that fails ends all episodes with a query in it. This says nothing about the policy,
 so they get no reward, and are in no group, loss or metric of the policy (grpo.train_step,

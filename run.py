@@ -16,11 +16,11 @@ The directory (--output_dir) holds
     eval.json            the evaluation before and after training
     *.safetensors, ...   the final weights: the directory itself is a Hugging Face directory
 
-Resuming is exact on a CPU: N steps give the same weights and metrics, bit for bit, as k steps, a stop, and
-the other N - k steps. This rests on four things. The questions and the random numbers of a step are functions
-of (seed, step). A checkpoint holds the fp32 weights and the whole state of AdamW. The reference is loaded
-from the start model, never from a checkpoint. Sizes that depend on free memory are computed once and stored
-in run.json.
+Resuming is exact on a CPU: N steps give the same weights and metrics (but times), bit for bit, as k steps, a
+stop, and the other N - k steps. This rests on four things. The questions and the random numbers of a step are
+functions of (seed, step). A checkpoint holds the fp32 weights and the whole state of AdamW. The reference is
+loaded from the start model, never from a checkpoint. Sizes that depend on free memory are computed once and
+stored in run.json.
 
 Resuming is not exact in three cases. A GPU does not add in a fixed order. The answers of a remote retriever
 come at no fixed time, so other rows share a batch. And --rollout_slots, --micro_batch_tokens or
@@ -241,8 +241,8 @@ class Run:
 
     def resolve_sizes(self, device: str, longest: int):
         """Fills in the sizes of a pass and of the cache, once: a resumed run finds them in run.json. On a GPU
-        they follow from the free memory; on a CPU they are constants, and a small model gets one thread.
-        Raises InputError if the model and one group of episodes do not fit the GPU."""
+        they follow from the free memory; on a CPU from a fixed budget, and there a small model gets one
+        thread. Raises InputError if the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
         length = longest + c.max_completion_length

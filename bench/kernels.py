@@ -166,7 +166,7 @@ def gpu_cell(run, prepare) -> tuple[float, float]:
 
 
 def gpu_row(ways: dict, prepare) -> dict[str, tuple[float, float] | str]:
-    """A cell for each way. A way that is None has no package here; of one that fails the cell names the
+    """A cell for each way. A way that is None has no package here. If a way fails, its cell names the
     error."""
     cells = {}
     for name, run in ways.items():
@@ -180,7 +180,7 @@ def gpu_row(ways: dict, prepare) -> dict[str, tuple[float, float] | str]:
 
 
 def show(cell, floor: float | None = None) -> str:
-    """Time, memory, and the share of `floor` (the time at the ceiling) that the time reaches."""
+    """Time, memory, and `floor` (the time at the machine's rates) as a share of the time."""
     if isinstance(cell, str):
         return cell
     share = f", {floor / cell[0]:.0%}" if floor else ""
@@ -344,7 +344,7 @@ def gpu_text() -> str:
         gpu = torch.cuda.get_device_properties(0)
         note = f"""{gpu.name}, triton {version("triton")}, {", ".join(there) or "no other package"}\
 {"; absent: " + ", ".join(absent) if absent else ""}. In the same run a copy moved {copy / 1e12:.2f} TB/s and
-a bf16 product of 8,192 cubed ran at {rate / 1e12:.0f} TFLOP/s. Percent: of the time at these rates, for one
+a bf16 product of 8,192 cubed ran at {rate / 1e12:.0f} TFLOP/s. Percent: the time at these rates as a share of the measured one, for one
 reading of the kept rows (forward), for reading and writing them (with gradient), for 6 N H V operations."""
     return f"""{note}
 

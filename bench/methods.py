@@ -98,8 +98,8 @@ def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
 
 
 def refuse_stale(made: Path, where: Path):
-    """An error if `made` is older than its world. A world is built anew when its settings or toy.py change,
-    and what was measured in the old one is void then."""
+    """An error if `made` is older than its world. A world is built anew when its settings or its template
+    change, and what was measured in the old one is void then."""
     if made.exists() and made.stat().st_mtime < (where / "world.json").stat().st_mtime:
         fail("methods.py", f"{made} is older than {where}: give another --output_dir, or remove it")
 
@@ -242,9 +242,9 @@ def main(config: Config):
     version = torch.__version__.partition("+")[0]
     note = (
         f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
-        f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. Mean over the seeds (of the "
-        f"happy and the shy base: {config.habit_seeds}), in brackets their range. Own reward: the mean of "
-        "1,024 sampled episodes on the training questions."
+        f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. Mean over the seeds, in brackets "
+        f"their range; the rows of the happy and the shy base have the seeds {config.habit_seeds} alone. Own "
+        "reward: the mean of 1,024 sampled episodes on the training questions."
     )
     results.write("methods", f"## The methods in the toy world\n\n{tables}\n\n{note}")
 

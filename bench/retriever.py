@@ -6,8 +6,8 @@ Corpora of 10,000 and 100,000 documents of 45 words, drawn from 50,000 words by 
 64 distinct queries of 6 to 8 words are drawn the same way, so most contain very common words, as questions
 do. k = 3.
 
-While it is timed, rank_bm25 has an index of shared string objects, which makes it about twice as fast as one
-of fresh strings, and queries that are tokenized already. Ours tokenizes in the measured time, and its cache
+rank_bm25 has two advantages: its index shares string objects, which makes it about twice as fast, and its
+queries are tokenized beforehand. Ours tokenizes in the measured time, and its cache
 is emptied before each round. Before a query is timed the scores of all documents are compared bit for bit.
 All times are CPU times, the best of the rounds.
 """

@@ -11,7 +11,7 @@ and encodes the document.
 Episodes of one turn: the peer is one `generate` over all rows. With mixed lengths it runs until the longest
 row ends.
 
-What is sampled comes from a script, so that both sides do the same work; at the end the ids are compared.
+What is sampled comes from a script, so that both sides do the same work; before the timing the ids are compared.
 Both compute the distribution and draw from it, and then the script's token takes the place of the drawn one.
 Prefill tokens are counted without padding. A sampled token that is fed to the next call of the model is not
 one of them.
@@ -64,7 +64,7 @@ class Row:
 
 
 def make_row(rng: random.Random, turns: list[int], results: list[int]) -> Row:
-    """A row whose turns have so many tokens. All but the last one end in a search, and the query is the
+    """A row whose turns have the given numbers of tokens. All but the last one end in a search, and the query is the
     length of its result."""
     row = Row([], results)
     for n, result in zip(turns, [*results, None], strict=True):
@@ -84,7 +84,7 @@ def equal_rows(group: int, searches: int, turn: int, result: int, prompts: int) 
 
 
 def mixed_rows(rows: int, searches: int, turn: tuple[int, int], result: tuple[int, int]) -> list[Row]:
-    """Rows of 0 to `searches` searches, with turns and results of so many tokens, all drawn evenly."""
+    """Rows of 0 to `searches` searches, with the lengths of turns and results drawn from the given ranges."""
     rng = random.Random(SEED)
     counts = [rng.randint(0, searches) for _ in range(rows)]
     return [

@@ -5,9 +5,9 @@ exist: they would be the largest tensor of the training.
                             epsilon=0.2, epsilon_high=0.2, beta=0.001)
     logps, entropy = token_logps(hidden, weight, target)
 
-reference.py   the loss of rows of logits and its gradient, in plain torch; read this first chunked.py     the
-two functions above: the matrix products before and after it, for one chunk of rows at a time triton_loss.py
-reference.py as one Triton kernel
+reference.py     the loss of rows of logits and its gradient, in plain torch; read this first
+chunked.py       the two functions above: the matrix products before and after it, one chunk of rows at a time
+triton_loss.py   reference.py as one Triton kernel
 """
 
 import os

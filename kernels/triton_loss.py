@@ -2,9 +2,9 @@
 in reference.py; the comments here name the formula of each line and what is particular to a GPU.
 
 Each row is read twice. The first visit reads it from memory (2V bytes in bf16) and computes all results. The
-second visit reads it again, mostly from the cache, and writes the gradient in place (2V bytes). A loss kernel
-followed by a backward kernel would move 6V bytes, because between its two readings of a row it reads all
-others.
+second visit reads it again, as far as possible from the cache, and writes the gradient in place (2V bytes). A
+loss kernel followed by a backward kernel would move 6V bytes, because between its two readings of a row it
+reads all others.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def _visit_row(
     # This is read first, because the gradient will replace it. A wrong id must not read another row's logit.
     z_y = tl.load(logits + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
 
-    # First visit. With z = logits / temperature * log2(e), exp(logits / temperature) is 2^z, and 2^z is an
-    # instruction of the hardware. Over the columns so far, top = max z, and with d = z - top, total = sum 2^d
-    # and moment = sum d 2^d. If a block has a higher maximum, every earlier d changes by the same shift, so
-    # total becomes 2^shift total, and moment becomes 2^shift (moment + shift total).
+    # First visit. exp(z / temperature) is 2^(z unit), with unit = log2(e) / temperature, and 2^x is an
+    # instruction of the hardware. Over the columns so far, top = max z unit, and with d = z unit - top, total
+    # = sum 2^d and moment = sum d 2^d. If a block has a higher maximum, every earlier d changes by the same
+    # shift, so total becomes 2^shift total, and moment becomes 2^shift (moment + shift total).
     unit = LOG2E / temperature
     top, total, moment = FLOOR, 0.0, 0.0
     ahead = _load(logits, 0, vocab, BLOCK)

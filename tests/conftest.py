@@ -1,11 +1,11 @@
-"""For all tests: there is no hub, and torch has one thread, because the models are small and on a busy
-machine two threads wait for each other. The fixtures are those that several files share. They import what
-they need when they are used, so that a test of data.py does not wait for transformers."""
+"""Settings and fixtures for all tests. The hub is switched off. Torch has one thread, because the models are
+small, and on a busy machine two threads would wait for each other. A fixture imports what it needs when it is
+used, so that a test of data.py does not wait for transformers."""
 
 import os
 from dataclasses import replace
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # this must come before huggingface_hub is imported
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def model(world):
 
 @pytest.fixture
 def lively(monkeypatch):
-    """The reward of sem is `worlds.lively_reward`, which differs within a group."""
+    """Replaces the reward of sem by `worlds.lively_reward`, which differs within a group."""
     from worlds import lively_reward
 
     from reward import METHODS

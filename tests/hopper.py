@@ -3,8 +3,8 @@ line of JSON. It is a separate program, because a process with TRITON_INTERPRET=
 
     PYTHONPATH=. python tests/hopper.py
 
-Triton asks its driver which GPU to compile for, and only a launch needs a real one. So the driver is
-replaced, and instead of a launch `warmup` is called, which does everything before it.
+Triton asks its driver which GPU to compile for, and only a launch needs a real GPU. So the driver is
+replaced, and `warmup` is called, which does everything that comes before a launch.
 """
 
 import json
@@ -33,7 +33,7 @@ class Hopper:
 
 
 class WarmUp:
-    """In the place of a kernel: `kernel[grid](..)` compiles it and keeps the result."""
+    """Takes the place of a kernel: `kernel[grid](..)` compiles the kernel and keeps the result."""
 
     def __init__(self, kernel):
         self.kernel, self.compiled = kernel, []
@@ -62,7 +62,7 @@ def main():
     vocab, options = 151_936, {"epsilon": 0.2, "epsilon_high": 0.3, "beta": 0.1}
     logits, target = torch.empty(50, vocab, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.int64)
     columns = [torch.zeros(100) for _ in range(4)]
-    for n in range(1, 51):  # among them 1, odd numbers, multiples of 16, and columns at odd addresses
+    for n in range(1, 51):  # 1, odd n and multiples of 16; with an odd n the columns begin at odd addresses
         cut = [x[n : 2 * n] for x in (target, *columns)]
         triton_loss.grpo_loss_from_logits(logits[:n], *cut, **options)
     kernel = launches.compiled[-1]

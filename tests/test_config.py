@@ -1,7 +1,7 @@
 """python -m pytest tests/test_config.py
 
-The tests are about flags and the ranges of their values, and about what a user sees of a mistake: one line
-that names what is wrong and where, exit code 2, and nothing written.
+The tests are about flags and the ranges of their values, and about what a user sees after a mistake: there is
+one line that names what is wrong and where, the exit code is 2, and nothing is written.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def kinds() -> dict[str, type]:
-    """Field name -> its type; of `float | None` it is float."""
+    """Field name -> its type, which for `float | None` is float."""
     hints = typing.get_type_hints(Config)
     return {
         name: next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
@@ -45,7 +45,7 @@ def test_every_flag_has_its_help():
 
 
 def test_every_number_has_a_range():
-    """Except the seed, which may be any number."""
+    """The seed is the only exception, because it may be any number."""
     assert RANGES.keys() == {name for name, kind in kinds().items() if kind in (int, float)} - {"seed"}
 
 
@@ -69,7 +69,8 @@ def test_a_number_out_of_its_range_is_named(name):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rewards_that_fit(method):
-    """A reward that reads the final answer alone fits every method."""
+    """The rewards of Search-R1 and ZeroSearch read only the final answer, so they fit every method. otc and
+    flat also count the searches of the environment, which SSRL does not make."""
     for name in ("", method, "search-r1", "zerosearch", *(() if method == "ssrl" else ("otc", "flat"))):
         config = Config(method=method, reward=name)
         assert check(config) == config
@@ -77,7 +78,7 @@ def test_rewards_that_fit(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sem_kept_is_for_the_reward_sem(method):
-    """The reward may be that of the method, or given by --reward."""
+    """It does not matter whether the method or --reward selects the reward sem."""
     for name in ("", *REWARDS):
         reward = name or method
         if not REWARDS[reward].fits(METHODS[method].template):

@@ -97,13 +97,16 @@ def test_musique(tmp_path, capsys):
 
 
 def test_musique_full_drops_the_unanswerable_and_counts_them(tmp_path, capsys):
-    other = MUSIQUE | {"answerable": False, "paragraphs": [{"title": "Rome", "paragraph_text": "A city."}]}
+    unanswerable = MUSIQUE | {
+        "answerable": False,
+        "paragraphs": [{"title": "Rome", "paragraph_text": "A city."}],
+    }
     # the official archive unpacks into a folder data/
-    write(tmp_path / "data" / "musique_full_v1.0_dev.jsonl", other, MUSIQUE, other)
+    write(tmp_path / "data" / "musique_full_v1.0_dev.jsonl", unanswerable, MUSIQUE, unanswerable)
     assert [q.answers for q in load(f"musique:{tmp_path}", "test")] == [["Arno", "the Arno"]]
     assert capsys.readouterr().err == "musique: 2 of 3 rows are unanswerable and were dropped\n"
     assert [d.title for d in paragraphs(f"musique:{tmp_path}", "dev")] == ["Rome", "Pisa", "Oslo"]
-    write(tmp_path / "none.jsonl", other)
+    write(tmp_path / "none.jsonl", unanswerable)
     assert mistake(f"musique:{tmp_path}/none.jsonl") == f"musique:{tmp_path}/none.jsonl: no questions in it"
 
 
@@ -113,7 +116,7 @@ def test_musique_full_drops_the_unanswerable_and_counts_them(tmp_path, capsys):
 )
 def test_two_hop(tmp_path, name, row, file):
     write(tmp_path / file, row)
-    for split in ("dev", "test", "val", "validation"):  # the answers of test are not public
+    for split in ("dev", "test", "val", "validation"):  # dev stands in for test, whose answers are not public
         assert load(f"{name}:{tmp_path}", split) == [Question(row["_id"], row["question"], ["yes"], name)]
     assert paragraphs(f"{name}:{tmp_path}", "test")[0] == Doc("0", "Pisa", "A city. It has a tower.")
     assert "train" in mistake(f"{name}:{tmp_path}")
@@ -126,7 +129,7 @@ def test_paragraphs_come_once_and_in_order(tmp_path):
     assert docs == [Doc("0", "B", "b"), Doc("1", "A", "a"), Doc("2", "A", "other")]
 
 
-def test_sets_without_paragraphs_bring_none(tmp_path):
+def test_sets_without_paragraphs_give_no_documents(tmp_path):
     write(tmp_path / "test.jsonl", FLASHRAG)
     for spec in (f"nq:{tmp_path}", f"{tmp_path}/test.jsonl", "mmlu", "gsm8k:/nowhere"):
         assert paragraphs(spec, "test") == []
@@ -149,7 +152,7 @@ def test_mmlu(tmp_path):
     )
     question = Question(f"{STEM}_val-0", CSV, ["C"], "mmlu", ["1", "two, three", '"4"', ""])
     assert load(f"mmlu:{tmp_path}", "val") == load(f"mmlu:{tmp_path}", "validation") == [question]
-    # a folder that holds CSV files itself is read for every split
+    # CSV files that lie directly in the folder are read for every split
     assert load(f"mmlu:{tmp_path}/data/val", "test") == [question]
     assert load(f"mmlu:{tmp_path}/data/val/{STEM}_val.csv", "test") == [question]
     assert [q.id for q in load(f"mmlu:{tmp_path}/data", "dev")] == [f"{STEM}_dev-0"]
@@ -233,7 +236,7 @@ MISTAKES = [  # name of the set, file, content, what follows the file's path in 
     ("hotpotqa", "a.json", json.dumps([HOTPOT, 1]), ", row 2: a row is a JSON object"),
     ("hotpotqa", "a.json", json.dumps([HOTPOT, {"_id": "1", "question": "x"}]), ", row 2: no key 'answer'"),
     ("mmlu", "a.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", ":2: 5 columns instead of 6"),
-    # the line is the one on which the row starts
+    # the message names the line on which the row starts
     ("mmlu", "a.csv", '"q\nq",1,2,3,4,A\n"q\nq",1,2,3,4,5,A\n', ":3: 7 columns instead of 6"),
     ("mmlu", "a.csv", "q,1,2,3,4,A\nq,1,2,3,4,E\n", ":2: answer 'E' is not one of the letters A-D"),
     ("mmlu", "a.csv", "q,1,2,3,4,b\n", ":1: answer 'b' is not one of the letters A-D"),
@@ -337,7 +340,7 @@ def test_any_content_gives_questions_or_one_line(folder, file, content, name):
                 assert out
                 for q in out:
                     texts = [q.id, q.text, *q.answers, *(q.choices or [])]
-                    "".join(texts).encode()  # this fails for half of a surrogate pair, as a tokenizer does
+                    "".join(texts).encode()  # half of a surrogate pair fails here, as it would in a tokenizer
                     assert q.text.strip() and q.answers and all(a.strip() for a in q.answers)
                     assert len(set(q.answers)) == len(q.answers)
                     assert not q.choices or set(q.answers) <= {chr(65 + i) for i in range(len(q.choices))}
@@ -349,7 +352,7 @@ def test_any_content_gives_questions_or_one_line(folder, file, content, name):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Makes a folder the hub. `downloads` collects the (repository, file) pairs that were requested."""
+    """Replaces the hub by a folder. `downloads` collects the (repository, file) pairs that were requested."""
     downloads = []
 
     def download(repo, file, repo_type):
@@ -449,7 +452,7 @@ def test_hub_out_of_reach(monkeypatch, error):
 
 
 def test_hub_offline(tmp_path):
-    """huggingface_hub reads HF_HUB_OFFLINE when it is imported, so this needs a process of its own."""
+    """huggingface_hub reads HF_HUB_OFFLINE when it is imported, so this needs a new process."""
     code = "import data\ntry: data.load('bamboogle', 'test')\nexcept data.InputError as e: print(e)"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = Path(__file__).parent.parent
@@ -571,7 +574,7 @@ def test_load_sets_draws_the_same_questions_every_time(tmp_path):
     assert first["rivers"] != whole["rivers"][:3]  # the questions are drawn, not cut off
 
 
-def test_load_sets_refuses_two_sets_of_one_name(tmp_path):
+def test_load_sets_refuses_two_sets_with_the_same_name(tmp_path):
     for folder in ("a", "b"):
         write(tmp_path / folder / "towers.jsonl", FLASHRAG)
     specs = f"{tmp_path}/a/towers.jsonl,{tmp_path}/b/towers.jsonl"
@@ -614,7 +617,7 @@ def test_mix_is_a_function_of_seed_and_step(seed, step, n):
     # neither the order of the sources nor an earlier call matters
     assert mix(dict(reversed(sources.items())), n, seed, step) == batch
     ahead = [q for s in range(step, step + 3) for q in mix(sources, n, seed, s)]
-    # the questions of a run are one long row, which the batch size only cuts
+    # the questions of a run are one long sequence, and the batch size only says where it is cut
     assert ahead == mix(sources, 3 * n, seed, step // 3) or step % 3
     assert mix(sources, 60, seed, 0) != mix(sources, 60, seed + 1, 0)
 
@@ -628,5 +631,5 @@ def test_an_episode_counts_the_tokens_that_are_trained_on():
     mask = [True, False, False, True, True]
     episode = Episode(question, [1, 2], ids=[3, 4, 5, 6, 7], loss_mask=mask, template=None)
     assert episode.policy_tokens == 3
-    with pytest.raises(TypeError, match="template"):  # who reads an episode needs its template
+    with pytest.raises(TypeError, match="template"):  # an episode cannot be read without its template
         Episode(question, [1, 2])

@@ -1,7 +1,7 @@
 """python -m pytest tests/test_evaluate.py          (SEM_DATA=FOLDER: also on real rows)
 
 A tiny model is made to write the episodes of the twelve questions of test_measures.py, so that the records
-and every measure can be counted by hand. The tests are about the passes, the program and its errors.
+and every measure can be computed by hand. The tests are about the passes, the program and its errors.
 """
 
 import json
@@ -367,8 +367,8 @@ def test_the_program(script, world, capsys):
     assert row["answer"] == "gold 5" and row["right"] and row["searches"] == 1 and row["set"] == "rivers"
 
 
-def test_what_the_base_model_knows_is_known_by_set(script, world, tmp_path):
-    """Two sets may have the same ids."""
+def test_what_the_base_model_knows_is_looked_up_by_set(script, world, tmp_path):
+    """Two sets may have the same ids, so an id alone does not tell which question the base model knows."""
     (tmp_path / "copy.jsonl").write_text((tmp_path / "towers.jsonl").read_text())
     (tmp_path / "base.json").write_text('{"known": {"towers": ["q3", "q0"], "elsewhere": ["q4"]}}')
     flags = world | {
@@ -376,13 +376,13 @@ def test_what_the_base_model_knows_is_known_by_set(script, world, tmp_path):
         "known": tmp_path / "base.json",
     }
     tables = run(flags, "--no-closed_book")["measures"]
-    assert tables["towers"]["over_search_base"]["value"] == 1 / 2  # q3 is searched, q0 is not
+    assert tables["towers"]["over_search_base"]["value"] == 1 / 2  # the model searches for q3 but not for q0
     assert "over_search_base" not in tables["copy"] and tables["all"]["over_search_base"]["n"] == 2
 
 
 def test_the_same_table_twice(world, capsys):
-    """Decoding is greedy, and the bootstrap and the draw of questions are seeded, so a second run writes the
-    same eval.json, byte for byte."""
+    """The normal passes are greedy, and the samples, the bootstrap and the draw of questions are seeded, so a
+    second run writes the same eval.json, byte for byte."""
     small = ("--eval_size", "3", "--max_completion_length", "12", "--samples", "2", "--batch_size", "4")
     first, text = (run(world, *small), world["output"].read_bytes())
     table = capsys.readouterr().out
@@ -458,8 +458,8 @@ def test_real_searches(script, world, real, searches):
 
 
 def test_the_judge_in_the_table(script, world, capsys):
-    """The judge gets the answers of the normal pass. Where it does not answer there is no verdict, and a
-    warning."""
+    """The judge gets the answers of the normal pass. If it gives no verdict on some of them, these are left
+    out of the measure and a warning is printed."""
 
     def reply(text):
         number = int(text.split("What is number ")[1].split("?")[0])
@@ -469,7 +469,7 @@ def test_the_judge_in_the_table(script, world, capsys):
 
     with endpoint(reply) as (url, seen):
         tables = run(world, "--judge_url", url)["measures"]
-    assert len(seen) == 1 + 12 and tables["all"]["lj"]["n"] == 10  # one request tries the address
+    assert len(seen) == 1 + 12 and tables["all"]["lj"]["n"] == 10  # the first request tests the address
     assert tables["all"]["lj"]["value"] == 5 / 10  # the questions 0, 1, 3, 5 and 6
     assert tables["towers"]["lj"]["value"] == 3 / 4
     text = "".join(capsys.readouterr())
@@ -565,7 +565,7 @@ def test_an_empty_output():
 
 
 def test_the_budget_of_the_run(tmp_path):
-    """What no flag gives is read from the run.json of the model, also for a checkpoint of the run."""
+    """A setting whose flag is not given is read from the run.json of the model, also for a checkpoint."""
     (tmp_path / "run.json").write_text(
         json.dumps({"method": "ssrl", "topk": 2, "max_searches": 3, "tau": 0.3})
     )

@@ -36,7 +36,8 @@ HOTPOT += [("When?", "1898"), ("What?", "Oslo"), ("Which?", "the radium")]
 
 @pytest.fixture
 def written(tmp_path):
-    """Runs the program on the rows above. Returns the questions of the two files that it writes."""
+    """A function that runs the program on the rows above and returns the questions of the two files that the
+    program writes."""
 
     def run(seed="0", hotpot=HOTPOT):
         rows = [{"_id": str(i), "question": q, "answer": a, "context": []} for i, (q, a) in enumerate(hotpot)]
@@ -63,7 +64,7 @@ def test_mmlu_without_options(written):
 
 
 def test_hotpotqa_with_options(written):
-    """The letter names the gold. All options are different answers, also by `normalise`."""
+    """The letter names the gold. All options are different answers, also after `normalise`."""
     _, rows = written()
     assert [q.text for q in rows] == [q for q, a in HOTPOT if a != "yes"]
     golds = dict(HOTPOT)
@@ -99,7 +100,7 @@ def test_real_rows(tmp_path):
     before = {q.id: q for q in load(config.mmlu, "test")}
     assert 0.2 < len(opened) / len(before) < 0.9
     for q in opened:
-        # it is None if two options have the same text
+        # `letter` returns None if two options have the same text
         assert letter(q.answers[0], before[q.id].choices) in (*before[q.id].answers, None)
         assert exact_match(q.answers[0], q) == 1.0 and "following" not in q.text.lower()
     golds = {q.id: q.answers[0] for q in load(config.hotpotqa, "test")}

@@ -48,16 +48,16 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
 def test_advantages_golden_values():
     rewards = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0]])
     got = grpo.advantages(rewards, torch.ones(2, 8, dtype=torch.bool), "grpo")
-    std = math.sqrt(7 / 8 / 7)  # one of eight is right; unbiased: 0.3536
+    std = math.sqrt(7 / 8 / 7)  # the unbiased std of one right episode in eight: 0.3536
     assert got[0, 0].item() == pytest.approx(0.875 / (std + 1e-4), abs=1e-9)
     assert got[0, 1].item() == pytest.approx(-0.125 / (std + 1e-4), abs=1e-9)
-    assert got.sum(1).abs().max() < 1e-9  # each group by itself
+    assert got.sum(1).abs().max() < 1e-9  # each group has its mean subtracted
     plain = grpo.advantages(rewards, torch.ones(2, 8, dtype=torch.bool), "dr_grpo")
     assert plain[0, 0].item() == pytest.approx(0.875)
 
 
 def test_equal_rewards_give_exactly_zero():
-    """This holds for every value and group size: rounding in the mean must not be divided by a tiny std."""
+    """This holds for every value and group size. Otherwise rounding would be divided by a tiny std."""
     for value, size in itertools.product([i / 100 for i in range(101)], range(2, 33)):
         rewards = torch.full((1, size), value, dtype=torch.float64)
         assert grpo.advantages(rewards, torch.ones(1, size, dtype=torch.bool), "grpo").abs().max() == 0
@@ -126,8 +126,8 @@ def gradient(model, episodes, config, advantage=ADVANTAGE) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_gradient_does_not_depend_on_the_cut(model, loss_type):
-    """One micro-batch, several, and one for each row give the same gradient, for unlike lengths and every
-    normaliser."""
+    """One micro-batch, several, and one for each row give the same gradient, for episodes of different
+    lengths and every loss type."""
     results = []
     for tokens in (10_000, 60, 30, 1):
         config = replace(CONFIG, loss_type=loss_type, micro_batch_tokens=tokens, max_completion_length=24)
@@ -159,8 +159,8 @@ def test_gradient_equals_the_plain_formula(model):
 
 
 def test_results_have_no_gradient_and_enter_no_metric(model):
-    """Loss tokens are the policy's alone, so the head reads no position of a result, and lengths count
-    none."""
+    """Only tokens of the policy are loss tokens. So the head reads no position that predicts a token of a
+    result, and no length counts such a token."""
     config = replace(CONFIG, micro_batch_tokens=10_000)
     episodes = episodes_with_results()
     batch = grpo.make_batches(episodes, [1.0] * 5, config, "cpu")[0]
@@ -179,7 +179,7 @@ def test_results_have_no_gradient_and_enter_no_metric(model):
     )  # fmt: skip
     loss.backward()
     assert hidden.grad[~seen].abs().max() == 0 and hidden.grad[seen].abs().max() > 0
-    # what stands in the result changes only what the policy conditions on
+    # the text of a result is only read by the policy; it changes neither targets nor metrics
     for episode in episodes:
         for t in [t for t, chosen in enumerate(episode.loss_mask) if not chosen]:
             episode.logps[t] = 1e9
@@ -218,7 +218,7 @@ def test_a_step_raises_good_episodes_and_lowers_bad_ones(model):
         batches = grpo.make_batches(episodes_with_results()[:2], [0.0, 0.0], config, "cpu")
         scores = torch.cat([grpo.token_logps(model, b, config, VOCABULARY) for b in batches])
         rows = torch.cat([b.row for b in batches])
-        return [scores[rows == r].sum().item() for r in (0, 1)]  # the shorter one first: episodes 1 and 0
+        return [scores[rows == r].sum().item() for r in (0, 1)]  # row 0 is episode 1, which is shorter
 
     start = logp_sums()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -230,9 +230,9 @@ def test_a_step_raises_good_episodes_and_lowers_bad_ones(model):
 
 @pytest.mark.parametrize("iterations", [2, 3])
 def test_every_iteration_needs_one_forward_pass(model, iterations):
-    """`old_logps` are what the first iteration computes. So there is no scoring pass of the policy, and
-    still the weights are, bit for bit, those of a loop that scores before its first step. The metrics of
-    every iteration are compared with the same loop."""
+    """The first iteration computes `old_logps`, so the policy needs no scoring pass. The weights are still,
+    bit for bit, those of a loop that scores before its first step. The metrics of every iteration are
+    compared with those of that loop."""
     config = replace(CONFIG, micro_batch_tokens=30, num_iterations=iterations, beta=0.1, max_grad_norm=0.5)
     reference, lr = copy.deepcopy(model), 0.02
     with torch.no_grad():  # so that the KL is not 0
@@ -284,8 +284,8 @@ def test_every_iteration_needs_one_forward_pass(model, iterations):
     for number, figures in enumerate(expected[1:], 2):
         named |= {f"iteration_{number}/{name}": value for name, value in figures.items()}
     assert {name: metrics[name] for name in named} == pytest.approx(named, abs=1e-9)
-    once = {"sampler_logp_diff/mean", "sampler_logp_diff/max", "seconds/score", "seconds/update"}
-    assert metrics.keys() == named.keys() | once
+    of_step = {"sampler_logp_diff/mean", "sampler_logp_diff/max", "seconds/score", "seconds/update"}
+    assert metrics.keys() == named.keys() | of_step
     first, second = expected[:2]
     assert first["clip_ratio/low_mean"] == first["clip_ratio/high_mean"] == 0
     assert second["clip_ratio/low_mean"] > 0 and second["clip_ratio/high_mean"] > 0
@@ -293,7 +293,7 @@ def test_every_iteration_needs_one_forward_pass(model, iterations):
 
 
 def test_update_needs_no_signal_handler(model):
-    """Only a training installs handlers. An update works without them, also outside of the main thread,
+    """Only `train` installs handlers. An update works without them, also outside of the main thread,
     where Python can install none."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     config = replace(CONFIG, micro_batch_tokens=10_000, beta=0.0)
@@ -312,7 +312,8 @@ def test_update_needs_no_signal_handler(model):
 
 
 def test_an_answer_ends_an_episode_as_an_end_token_does():
-    """Search-R1's episodes end at </answer>: those are the terminated ones."""
+    """An episode of Search-R1 ends at </answer>, so it counts as terminated, as one with an end token
+    does."""
     episodes = episodes_with_results()
     for episode, stop in zip(episodes, ["answer", "eos", "length", "turns", "answer"], strict=True):
         episode.stop = stop
@@ -321,7 +322,7 @@ def test_an_answer_ends_an_episode_as_an_end_token_does():
     assert metrics["completions/clipped_ratio"] == 1 / 5
 
 
-def test_searches_in_its_own_weights_are_counted():
+def test_searches_in_the_weights_of_the_model_are_counted():
     question = Question("1", "?", ["x"], "toy")
     texts = "<search>a</search><information>b</information>" * 2, "<think>a</think>"
 
@@ -349,7 +350,7 @@ def test_the_weights_move_and_the_first_step_is_on_policy(world, lively):
     assert first["kl"] < 1e-6 and first["sampler_logp_diff/max"] < 1e-4 and first["grad_norm"] > 0
     start, end = weights(world["model"]), weights(out)
     moved = sum((start[n] != end[n]).sum().item() for n in start) / sum(v.numel() for v in start.values())
-    assert moved > 0.5  # the words that no episode holds do not move
+    assert moved > 0.5  # embeddings of words that occur in no episode do not move
     files = {"config.json", "metrics.jsonl", "transcripts.jsonl", "tokenizer.json"}
     assert {p.name for p in out.iterdir()} >= files
     row = json.loads((out / "transcripts.jsonl").read_text().splitlines()[0])
@@ -357,7 +358,8 @@ def test_the_weights_move_and_the_first_step_is_on_policy(world, lively):
 
 
 def test_a_policy_has_no_dropout(lively, tmp_path):
-    """The first ratio is 1 and its KL 0, also under gradient checkpointing, which needs train mode."""
+    """Dropout would change the first ratio from 1 and the first KL from 0. It must be off even under gradient
+    checkpointing, which needs train mode."""
     flags = write_world(tmp_path, dropout=0.5)
     assert run_main(flags | {"max_steps": "1"}, "--gradient_checkpointing") == 0
     row = timeless(Path(flags["output_dir"]) / "metrics.jsonl")[0]
@@ -365,7 +367,7 @@ def test_a_policy_has_no_dropout(lively, tmp_path):
 
 
 def test_tiny_learning_rates_move_every_weight_in_fp32(world, lively):
-    """At 1e-6 bf16 weights would stay where they are."""
+    """At a learning rate of 1e-6, bf16 weights would stay where they are."""
     assert run_main(world | {"learning_rate": "1e-6", "warmup_steps": "0"}) == 0
     start, end = weights(world["model"]), weights(world["output_dir"])
     name = "model.layers.0.mlp.up_proj.weight"
@@ -380,8 +382,9 @@ def test_bf16_path(world, lively):
     assert all(math.isfinite(row["grad_norm"]) and row["sampler_logp_diff/max"] < 0.2 for row in rows)
 
 
-def test_failed_searches_leave_the_update(world, lively, monkeypatch):
-    """A retriever that is down costs its episodes, not the run. An update without episodes is skipped."""
+def test_failed_searches_are_left_out_of_the_update(world, lively, monkeypatch):
+    """If the retriever is down, the episodes are dropped and the run goes on. Here all episodes are dropped,
+    so the update is skipped."""
     real = grpo.rollout
 
     def down(*args, **kwargs):
@@ -398,7 +401,7 @@ def test_failed_searches_leave_the_update(world, lively, monkeypatch):
     assert_equal(weights(world["model"]), weights(world["output_dir"]))
 
 
-def test_a_gradient_that_is_not_finite_is_not_taken(world, lively, monkeypatch, capsys):
+def test_a_gradient_that_is_not_finite_is_not_applied(world, lively, monkeypatch, capsys):
     real = kernels.grpo_loss
 
     def broken(hidden, *args, **kwargs):
@@ -432,7 +435,7 @@ def test_a_step_that_is_all_masked_is_skipped(world, lively, monkeypatch, capsys
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """Every rollout of the trainer: (template, retriever, its episodes)."""
+    """A list that gets (template, retriever, episodes) of every rollout of the trainer."""
     real, calls = grpo.rollout, []
 
     def spied(model, tokenizer, template, questions, **options):
@@ -446,8 +449,8 @@ def sampled(monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method, world, sampled):
-    """A method has its prompt, its reward, and its rule for who writes the results. Two steps change the
-    policy."""
+    """Each method has its prompt, its reward, and its rule for who writes the results. The first step changes
+    the policy, so the second step has a larger KL."""
     flags = world | {"method": method, "max_steps": "2", "warmup_steps": "0", "learning_rate": "0.01"}
     assert run_main(flags) == 0
     out = Path(world["output_dir"])
@@ -459,7 +462,7 @@ def test_every_method_trains(method, world, sampled):
         assert (retriever is None) == (method == "ssrl")
         assert isinstance(retriever, CorpusSimulator) == (method == "zerosearch")
     stored = json.loads((out / "run.json").read_text())
-    assert stored["method"] == method and stored["reward"] == ""  # the method's reward
+    assert stored["method"] == method and stored["reward"] == ""  # this stands for the reward of the method
     rows = timeless(out / "transcripts.jsonl")
     question = Question("1", "", ["x"], "known")
     parts = METHODS[method].reward(Episode(question, [], template=METHODS[method].template), question)
@@ -468,7 +471,7 @@ def test_every_method_trains(method, world, sampled):
 
 
 def test_ssrl_never_touches_a_retriever(world, monkeypatch):
-    """No corpus is opened and no server is called, not even for the tables before and after."""
+    """No corpus is opened and no server is called, not even for the evaluations before and after training."""
 
     def touched(*args, **kwargs):
         raise AssertionError("a retriever was opened")
@@ -486,8 +489,8 @@ def test_ssrl_never_touches_a_retriever(world, monkeypatch):
 
 @pytest.mark.parametrize("name, flags", [("otc", {}), ("flat", {}), ("sem", {"sem_kept": "0.1"})])
 def test_another_reward(name, flags, world, monkeypatch):
-    """It is called once for each episode, with the group and the flags that rewards may read. The method
-    stays."""
+    """--reward replaces the reward and leaves the method as it is. The reward is called once for each
+    episode, with the group and the flags that rewards may read."""
     calls, real = [], REWARDS[name]
 
     def spied(episode, question, **options):
@@ -519,8 +522,8 @@ GOOD_STEP = {
 
 
 def searching(failed: int, answered: int) -> list[Episode]:
-    """Episodes of which so many failed, and with so many answered searches, the first of them in one that
-    failed later."""
+    """Three episodes. In the first `failed` of them a search failed. `answered` searches were answered; the
+    first of these is in episode 0, even if a later search of that episode failed."""
     episodes = episodes_with_results()[:3]
     for i, episode in enumerate(episodes):
         episode.stop = "search_failed" if i < failed else "eos"
@@ -532,8 +535,9 @@ def searching(failed: int, answered: int) -> list[Episode]:
     "failed, answered, stops", [(1, 0, True), (3, 2, True), (1, 1, False), (2, 2, False), (2, 3, False)]
 )
 def test_a_retriever_that_dies_stops_the_run(world, monkeypatch, failed, answered, stops):
-    """Searches are compared with searches, so that a policy that seldom searches does not hide a retriever
-    that is down. A step without any search says nothing, so it neither counts nor ends the row of three."""
+    """Failed searches are compared with answered searches, not with episodes. Otherwise a policy that seldom
+    searches would hide that the retriever is down. A step without any search says nothing about the
+    retriever, so it is not counted among the three steps in a row, and does not interrupt them."""
     steps = iter([(failed, answered), (0, 0)] * 4)
 
     def step(run):
@@ -551,7 +555,7 @@ def test_a_retriever_that_dies_stops_the_run(world, monkeypatch, failed, answere
 
 @pytest.mark.parametrize("norms, stops", [([math.nan] * 10, True), (([math.nan] * 9 + [1.0]) * 2, False)])
 def test_ten_steps_without_a_finite_gradient_stop_the_run(world, monkeypatch, norms, stops):
-    """They have to follow each other, and the checkpoint is that of the last step."""
+    """The ten steps have to be consecutive. The run saves a checkpoint of the last one before it stops."""
     steps = iter(norms)
 
     def step(run):

@@ -1,7 +1,8 @@
 """python -m pytest tests/test_kernels.py
 
-Every test runs on the plain-torch twin and on the Triton kernel, the latter on a GPU where there is one and
-else in Triton's interpreter. Both are compared with the unfused formula, in float64 and with autograd.
+Every test with the fixture `device` runs on the plain-torch twin and on the Triton kernel. The kernel runs on
+a GPU if there is one, and otherwise in Triton's interpreter. Both are compared with the unfused formula, in
+float64 and with autograd.
 """
 
 import importlib
@@ -28,9 +29,9 @@ gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 BIG = [pytest.param(v, 1.0, marks=gpu) for v in (128256, 151936, 152064, 262144)]
 OPTIONS = {"epsilon": 0.2, "epsilon_high": 0.3, "beta": 0.1}
 
-# Triton decides whether a function will be interpreted when it is defined. Its own functions (tl.sum, tl.max)
-# were defined when it was first imported, perhaps by transformers, and without the variable. So they are
-# defined again with it.
+# When a function is defined, Triton reads TRITON_INTERPRET to decide whether the function will be
+# interpreted. The functions of Triton itself, such as tl.sum, were defined when Triton was first imported,
+# perhaps by transformers, and without this variable. So they are defined again with it.
 with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -45,7 +46,7 @@ def device(request, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if request.param == "triton" and not GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(triton_loss, "BLOCK", 1024)  # a row has several blocks without 32,000 columns
+        monkeypatch.setattr(triton_loss, "BLOCK", 1024)  # so that shorter rows too have several blocks
     return torch.device("cuda" if request.param == "triton" and GPU else "cpu")
 
 
@@ -99,7 +100,7 @@ def interpreted() -> bool:
 
 
 def agrees(args, **options):
-    """Runs grpo_loss_from_logits and compares all its results with float64."""
+    """Asserts that all results of grpo_loss_from_logits agree with those in float64."""
     logits = args[0].clone()
     want_loss, want, gradient = exact(*args, **OPTIONS, **options)
     options["vocab_size"] = options.pop("vocab", None)
@@ -147,8 +148,8 @@ def test_without_old_or_reference_logps(device):
 @pytest.mark.filterwarnings("ignore:overflow")  # the interpreter warns of what should overflow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_minus_infinity_and_equal_logits(device, dtype):
-    """-inf stands at the head of a row, at its end, in whole blocks, and everywhere but once. Two rows have
-    equal logits."""
+    """-inf stands at the beginning of a row, near its end, in whole blocks, and everywhere but in one column.
+    In two rows all logits are equal."""
     args = rows(2053, dtype, device, 0.7)
     logits, target = args[:2]
     logits[1, 5:900] = -math.inf
@@ -160,7 +161,7 @@ def test_minus_infinity_and_equal_logits(device, dtype):
     args[2:4] = ((logp + torch.linspace(a, -a, 10, device=device)).float() for a in (1, -1.5))
     agrees(args, temperature=0.7)
     want, masked = logits.clone(), logits.clone()
-    masked[masked == -math.inf] = torch.finfo(dtype).min  # the other way to mask
+    masked[masked == -math.inf] = torch.finfo(dtype).min  # some models mask with this number instead of -inf
     for x in (want, masked):
         loss, stats = kernels.grpo_loss_from_logits(x, *args[1:], **OPTIONS, temperature=0.7)
     assert torch.equal(want, masked) and loss.isfinite() and stats["entropy"].isfinite().all()
@@ -168,8 +169,8 @@ def test_minus_infinity_and_equal_logits(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_logits_of_ten_thousand(device, dtype):
-    """At 1e4 fp32 numbers are 1e-3 apart. p is exact all the same, because the maximum is subtracted before
-    anything is rounded."""
+    """Near 1e4, fp32 numbers are 1e-3 apart. The probabilities are still exact, because the maximum is
+    subtracted before anything is rounded."""
     args = rows(2053, dtype, device, 0.7)
     args[0][:4] += 1e4
     args[0][4:7] -= 1e4
@@ -189,7 +190,7 @@ def test_kl_of_close_policies(device):
     args[3], args[4] = (logp + 1e-3).float().to(device), torch.zeros(10, device=device)
     logits = args[0].clone()
     _, stats = kernels.grpo_loss_from_logits(logits, *args[1:], **OPTIONS)
-    x = args[3].double() - stats["logps"].double()  # in fp32 log-probs, whose rounding is not tested here
+    x = args[3].double() - stats["logps"].double()  # the rounding of logps is not tested here
     assert torch.allclose(stats["kl"].double(), x.expm1() - x, rtol=1e-2, atol=0)
     assert distance(logits, exact(*args, **OPTIONS)[2]) < 1e-2
 
@@ -212,7 +213,8 @@ def test_gradient_by_central_differences(device):
 
 
 def test_kl_alone_pulls_to_the_reference(device):
-    """A step against the gradient raises the log-prob where the reference's is higher, and else lowers it."""
+    """A step against the gradient raises the log-prob where the reference's is higher, and lowers it
+    elsewhere."""
     args = rows(1000, torch.float32, device)
     args[4].zero_()
     away = torch.tensor([1.0, -1.0]).repeat(5)
@@ -227,7 +229,7 @@ def test_kl_alone_pulls_to_the_reference(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("vocab", [1000, 1024, 1500, 2048])
 def test_ids_beyond_the_vocabulary(device, dtype, vocab):
-    """They are treated as if their logits were -inf, whatever these are, and their gradient is 0."""
+    """Whatever their logits are, they are treated as -inf, and their gradient is 0."""
     args = rows(2053, dtype, device, seed=1)
     args[0][:, vocab:] = 100.0
     args[1].clamp_(max=vocab - 1)
@@ -270,10 +272,10 @@ def test_rows_need_not_be_adjacent_or_aligned(device):
 
 
 def test_offsets_beyond_32_bits(device):
-    """The last row begins 2^31 elements after the first. What lies between them is not touched and takes no
-    memory."""
+    """The last row begins more than 2^31 elements after the first. What lies between them is not touched, so
+    on a CPU it takes no memory."""
     stride = (1 << 30) + 8
-    start = 0 if device.type == "cuda" else 1 << 31  # so that an offset of 32 bits ends in the buffer too
+    start = 0 if device.type == "cuda" else 1 << 31  # an overflowing offset stays in the buffer
     try:
         buffer = torch.empty(start + 2 * stride + 1000, dtype=torch.bfloat16, device=device)
     except RuntimeError:
@@ -317,14 +319,14 @@ def test_what_is_no_number_is_not_hidden(device):
 def test_without_gradient_the_logits_stay(device):
     args = rows(2053, torch.float32, device)
     logits = args[0].clone()
-    quiet = kernels.grpo_loss_from_logits(logits, *args[1:], **OPTIONS, gradient=False)
+    loss, stats = kernels.grpo_loss_from_logits(logits, *args[1:], **OPTIONS, gradient=False)
     assert torch.equal(logits, args[0])
-    loud = kernels.grpo_loss_from_logits(logits, *args[1:], **OPTIONS)
-    assert quiet[0] == loud[0] and all(torch.equal(quiet[1][name], loud[1][name]) for name in loud[1])
+    want_loss, want = kernels.grpo_loss_from_logits(logits, *args[1:], **OPTIONS)
+    assert loss == want_loss and all(torch.equal(stats[name], want[name]) for name in want)
 
 
 def test_the_loss_of_given_logits_has_no_backward(device):
-    """Their gradient was written over them, so a gradient from the graph would be one of other logits."""
+    """The gradient has replaced the logits, so autograd would read wrong logits."""
     args = rows(7, torch.float32, device)
     leaf = args[0].requires_grad_()
     loss, stats = kernels.grpo_loss_from_logits(leaf, *args[1:], **OPTIONS)
@@ -356,7 +358,7 @@ def head(vocab: int, dtype, device, n: int = 10, width: int = 48, seed: int = 0)
 
 def unfused(hidden, weight, *columns, dtype=torch.float64, **options):
     """(loss, gradient of hidden, gradient of weight) with all logits at once. The matrix products are in
-    `dtype`, and the loss of them is exact."""
+    `dtype`, and the loss is computed from them exactly."""
     hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
     logits = hidden @ weight.T
     loss, _, gradient = exact(logits, *columns, **OPTIONS, **options)
@@ -409,7 +411,7 @@ def test_token_logps(device, monkeypatch, dtype):
     for size in (10, 3):
         monkeypatch.setattr(chunked, "chunk_rows", lambda *_, size=size: size)
         logps, entropy = kernels.token_logps(*args[:3], temperature=0.7, vocab_size=2000)
-        logits = torch.cat([h @ args[1].detach().T for h in args[0].detach().split(size)])  # rounded alike
+        logits = torch.cat([h @ args[1].detach().T for h in args[0].detach().split(size)])  # same rounding
         _, want, _ = exact(logits, args[2], None, None, *args[5:], **OPTIONS, temperature=0.7, vocab=2000)
         assert (logps.cpu() - want["logps"]).abs().max() < 1e-5 and not logps.requires_grad
         assert (entropy.cpu() - want["entropy"]).abs().max() < 1e-5
@@ -419,7 +421,7 @@ def test_token_logps(device, monkeypatch, dtype):
 def test_how_the_rows_are_cut_does_not_matter(device, monkeypatch):
     """Micro-batches of any sizes, with chunks of any size inside, give the same gradients."""
     args = head(1000, torch.float32, device, n=13)
-    # so |logit| <= 4: products of other shapes are rounded differently, by 1e-7 of the largest logit
+    # |logit| <= 4 now, because products of other shapes differ by 1e-7 of the largest logit
     args[1].data *= 0.2
     loss, d_hidden, d_weight, stats = fused(args)
     for cuts in ([1] * 13, [5, 8], [0, 12, 1], [13]):
@@ -457,13 +459,13 @@ def test_tied_weights(device):
         loss_of(table[ids] * 0.3, table).backward()
         return table.grad
 
-    want = gradient(table.double().cpu(), lambda h, w: _surrogate(h @ w.T, *(x.cpu() for x in args[2:])))
+    want = gradient(table.double().cpu(), lambda h, w: plain_loss(h @ w.T, *(x.cpu() for x in args[2:])))
     got = gradient(table, lambda h, w: kernels.grpo_loss(h, w, *args[2:], **OPTIONS)[0])
     assert distance(got, want) < 1e-5
 
 
-def _surrogate(logits, target, old, ref, advantages, scale):
-    """The formula once more, as a graph of plain operations."""
+def plain_loss(logits, target, old, ref, advantages, scale):
+    """The loss by the same formula, as a graph of plain operations."""
     logp = logits.log_softmax(1).gather(1, target[:, None])[:, 0]
     ratio, x = (logp - old).clamp(-20, 20).exp(), (ref - logp).clamp(-20, 20)
     free, held = ratio * advantages, ratio.clamp(0.8, 1.3) * advantages
@@ -575,7 +577,7 @@ def test_chunks_have_the_size_that_is_set(monkeypatch):
 
 @pytest.mark.parametrize("given", ["old and ref", "neither"])
 def test_two_steps_through_the_kernel_equal_the_twins(monkeypatch, given):
-    """After two steps of AdamW on a small model loss, stats and every weight agree to 1e-5."""
+    """After two steps of AdamW on a small model, the loss, the stats and every weight agree to 1e-5."""
     on = "cuda" if GPU else "cpu"
 
     def train():
@@ -608,7 +610,8 @@ def test_two_steps_through_the_kernel_equal_the_twins(monkeypatch, given):
 
 
 def test_which_code_runs(monkeypatch):
-    """On a CPU the twin runs, under TRITON_INTERPRET=1 the kernel. Without need nobody imports triton."""
+    """On a CPU the twin runs, or with TRITON_INTERPRET=1 the kernel. Triton is imported only if the kernel
+    runs."""
     args, ran = rows(7, torch.float32, "cpu"), []
     for name, module in (("twin", reference), ("triton", triton_loss)):
         monkeypatch.setattr(module, "grpo_loss_from_logits", lambda *_, name=name, **__: ran.append(name))
@@ -629,7 +632,7 @@ def test_which_code_runs(monkeypatch):
 
 
 class Allocations(TorchDispatchMode):
-    """Sums the bytes of all tensors that are allocated, also of those that are freed again."""
+    """Sums the bytes of all tensors that are allocated, including those that are freed again."""
 
     def __init__(self):
         super().__init__()
@@ -666,8 +669,8 @@ def test_memory_of_the_twin(dtype):
 
 
 def test_speed_of_the_twin():
-    """It was measured 3 times as fast as autograd (bench/RESULTS.md). Here 1.4 times is enough, because of
-    noise."""
+    """In bench/RESULTS.md it is 3 times as fast as autograd. Here 1.4 times is enough, because timings are
+    noisy."""
     args = [x.repeat(6, *[1] * (x.ndim - 1)) for x in rows(151936, torch.float32, "cpu")]
     args[2] = args[3]
     autograd, twin = [], []
@@ -688,8 +691,8 @@ def test_speed_of_the_twin():
 
 @gpu
 def test_memory_on_a_gpu():
-    """Beyond inputs and gradients there are one chunk of logits (at most 8,192 rows) and a few numbers for
-    each row."""
+    """Besides the inputs and the gradients, memory holds one chunk of logits (at most 8,192 rows) and a few
+    numbers for each row."""
     vocab, width, n = 32000, 256, 40_000
     args = head(vocab, torch.bfloat16, "cuda", n=64, width=width)
     args = [x.detach().repeat(n // 64, *[1] * (x.ndim - 1)) if i != 1 else x for i, x in enumerate(args)]
@@ -704,7 +707,8 @@ def test_memory_on_a_gpu():
 
 @gpu
 def test_more_than_2_31_logits():
-    """With 15,000 rows of 151,936 every row, up to the last one, has the result that it has alone."""
+    """In 15,000 rows of 151,936 logits, the stats of every row and the gradients of the first and the last
+    rows are those of a small batch."""
     n, vocab = 15_000, 151_936
     args = [x[:3] for x in rows(vocab, torch.bfloat16, "cuda")]
     repeated = [x.repeat(n // 3, *[1] * (x.ndim - 1)) for x in args]
@@ -718,7 +722,7 @@ def test_more_than_2_31_logits():
 
 @gpu
 def test_one_compilation_serves_every_n():
-    """The kernel runs with 50 numbers of rows, and with columns that begin at odd addresses."""
+    """The kernel runs with 50 different numbers of rows, and with columns that begin at odd addresses."""
     args = rows(1008, torch.bfloat16, "cuda")
     repeated = [x.repeat(30, *[1] * (x.ndim - 1)) for x in args]
 
@@ -733,9 +737,10 @@ def test_one_compilation_serves_every_n():
 
 
 def test_compiled_for_an_h200():
-    """This runs on any machine, since only a launch needs the GPU. One compilation serves 50 numbers of rows.
-    The result fits into the registers, so that nothing is spilled to memory and three programs share a
-    multiprocessor. It moves 16 bytes at once, and reads only the target's logit alone."""
+    """This runs on any machine, because only a launch needs the GPU. One compilation serves 50 different
+    numbers of rows. The kernel uses so few registers that nothing is spilled to memory and three programs
+    share a multiprocessor. It moves 16 bytes at a time, except for one separate read of the target's
+    logit."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
     command = [sys.executable, str(ROOT / "tests" / "hopper.py")]

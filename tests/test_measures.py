@@ -1,8 +1,8 @@
 """python -m pytest tests/test_measures.py
 
 The metrics of a training step are compared with numbers that were computed by hand, with and without failed
-searches. Twelve questions stand in a table, so that every measure over them can be counted. The judge is a
-server of this file.
+searches. Twelve questions stand in a table, so that every measure over them can be computed by hand. The
+judge is a server that the test starts.
 """
 
 import json
@@ -40,7 +40,7 @@ from reward import REWARDS, sem
 
 
 def sampled(line, tokens, source="towers", stop="eos"):
-    """An episode of SEM with so many tokens of the policy, and three tokens for each of its results."""
+    """An episode of SEM with `tokens` tokens of the policy, and three tokens for each of its results."""
     e = written(line, stop)
     e.question = replace(GOLD, source=source)
     e.loss_mask = [True] * tokens + [False] * 3 * e.searches
@@ -77,13 +77,13 @@ FIGURES_OF_TWO_GROUPS = {
     "completions/mean_length": 149 / 8,
     "completions/min_length": 7,
     "completions/max_length": 40,
-    "completions/mean_terminated_length": 142 / 7,  # without the one that ran out of tokens
+    "completions/mean_terminated_length": 142 / 7,  # without the episode that ran out of tokens
     "completions/clipped_ratio": 1 / 8,
     "tools/call_frequency": 6 / 8,
     "tools/failure_frequency": 0.0,
     "num_tokens": 149,
     "format": 7 / 8,
-    "sandbag_suspects": 4 / 5,  # of five that searched, one has a right draft
+    "sandbag_suspects": 4 / 5,  # of the five that searched, one has a right draft
     "search_ratio/towers": 2 / 4,
     "search_ratio/rivers": 3 / 4,
     "em/towers": 3 / 4,
@@ -92,7 +92,7 @@ FIGURES_OF_TWO_GROUPS = {
 
 
 def metrics_of(groups, reward=sem):
-    """step_metrics as train_step calls it: an episode whose search failed has no parts."""
+    """Calls step_metrics as train_step does: an episode whose search failed has no parts."""
     episodes = [e for group in groups for e in group]
     parts = [reward(e, e.question) if e.stop != "search_failed" else {} for e in episodes]
     return step_metrics(episodes, parts, len(groups[0]), 0.5)
@@ -109,8 +109,8 @@ def test_the_figures_of_a_step():
 
 
 @pytest.mark.parametrize("places", [[0], [4], [2], [1, 1], [0, 5], [0, 0, 0, 0]])
-def test_further_members_whose_search_failed_change_no_figure_but_their_own(places):
-    """Each group gets as many failed members as there are places, which are positions in the group."""
+def test_further_members_whose_search_failed_change_only_the_failure_frequency(places):
+    """A member whose search failed is inserted into each group at each of the positions `places`."""
     groups = two_groups()
     for source, group in zip(("towers", "rivers"), groups, strict=True):
         for place in places:
@@ -120,9 +120,9 @@ def test_further_members_whose_search_failed_change_no_figure_but_their_own(plac
     assert metrics["tools/failure_frequency"] == pytest.approx(len(places) / (4 + len(places)))
 
 
-def test_a_member_whose_search_failed_leaves_its_figures():
-    """Only seven members of the two groups are counted. The one that failed was the only one of the first
-    group that earned a reward without a search, so nobody else of that group is a suspect now."""
+def test_a_member_whose_search_failed_is_not_counted():
+    """Seven members of the two groups are counted. The failed one takes the place of the only member of the
+    first group that earned a reward without a search, so no member of that group is a suspect now."""
     groups = two_groups()
     groups[0][0] = failed()
     metrics = metrics_of(groups)
@@ -141,7 +141,7 @@ def test_a_member_whose_search_failed_leaves_its_figures():
         "em/towers": 2 / 3,
     }
     assert metrics == pytest.approx(FIGURES_OF_TWO_GROUPS | changed)
-    for group, source in zip(groups, ("towers", "rivers"), strict=True):  # another one failed in each group
+    for group, source in zip(groups, ("towers", "rivers"), strict=True):  # one more failed member
         group.append(failed(source))
     assert without_failures(metrics_of(groups)) == without_failures(metrics)
 
@@ -157,7 +157,7 @@ def test_a_group_with_fewer_than_two_members_left_has_no_spread(left):
         assert without_failures(metrics) == without_failures(alone)
 
 
-def test_equal_rewards_are_equal_whatever_failed():
+def test_a_failed_member_does_not_make_equal_rewards_differ():
     first, second = two_groups()
     equal = [sampled("T right", 10) for _ in range(3)]
     metrics = metrics_of([[*equal, failed()], second])
@@ -171,7 +171,7 @@ def test_a_step_in_which_every_search_failed_has_finite_figures():
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["tools/failure_frequency"] == 1
     assert not any(without_failures(metrics).values())
-    by_reward = {"format", "sandbag_suspects"}  # whether a reward has these parts is seen from its results
+    by_reward = {"format", "sandbag_suspects"}  # only the results of a reward show whether it has these parts
     by_source = {name for name in FIGURES_OF_TWO_GROUPS if name.startswith(("em/", "search_ratio/"))}
     assert set(metrics) == set(FIGURES_OF_TWO_GROUPS) - by_reward - by_source
 
@@ -212,7 +212,7 @@ KNOWS = member(1.0, False, 1.0)  # right without a search
 JUNK = member(1.0, True, 0.0)  # a wrong draft, then a search
 HONEST = member(0.0, True, 1.0)  # a right draft, then a search
 FAILS = member(0.0, False, 0.0)  # wrong without a search
-CLOSE = member(0.0, True, 0.5)
+CLOSE = member(0.0, True, 0.5)  # a draft with an F1 of 0.5, then a search
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_the_table_of_a_training_run():
 
 
 def test_a_measure_about_nothing_is_a_dash():
-    """A measure that no record is about is left out. It is neither a division by zero nor 0."""
+    """A measure that no record is about is left out, and is printed as a dash and not as 0."""
     bare = [Record(str(i), True, 1.0, 0, 5) for i in range(3)]
     table = measure(bare)
     assert set(table) == {"em", "sr", "wrong_without_search", "f1", "searches", "tokens"}
@@ -396,7 +396,7 @@ def test_wilson_stays_within_0_and_1_and_is_symmetric(share):
     assert (1 - high, 1 - low) == pytest.approx(wilson(n - k, n), abs=1e-12)
 
 
-def test_bootstrap_repeats_itself_and_covers():
+def test_bootstrap_repeats_itself_and_covers_the_mean():
     def mean(rows):
         return sum(rows) / len(rows)
 
@@ -413,7 +413,8 @@ def test_bootstrap_repeats_itself_and_covers():
 
 
 def test_bootstrap_leaves_out_draws_without_a_value():
-    """One of five questions was searched, so a third of the draws has no search and no tool productivity."""
+    """The model searched for one of five questions, so a third of the draws contain no search and have no
+    tool productivity."""
     rows = [Record(str(i), i < 2, 1.0, int(i == 0), 1) for i in range(5)]
     low, high = bootstrap(measures.tool_productivity, rows)
     assert 0 < low <= 2 <= high < 6

@@ -1,6 +1,6 @@
 """python -m pytest tests/test_prompts.py          (SEM_DATA=FOLDER: also with real tokenizers)
 
-Foreign text tries to become a tag or a special token, and must not succeed: in a passage, in a search result,
+Foreign text must not become a tag or a special token, whether it stands in a passage, in a search result or
 in a question. The tests also check what a prompt contains.
 """
 
@@ -26,7 +26,7 @@ REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
 
 
 def finish(backend):
-    """Adds special, added and odd added tokens to a tokenizer, and a chat template in the usual shape."""
+    """Adds special tokens, usual and odd added tokens, and a usual chat template to a tokenizer."""
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     backend.add_tokens([AddedToken(t, normalized=False) for t in ("<tool_call>", "</s>", "  ", "\n\n", "☃")])
@@ -40,7 +40,7 @@ def finish(backend):
 
 @cache
 def tokenizer_named(name):
-    if name == "bytes":  # its tokens decode exactly to the text
+    if name == "bytes":  # decoding its tokens gives back exactly the text
         vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
         backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -72,12 +72,12 @@ PIECES += ["<Think>", "< / result >", "☃", "一"]
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def check_foreign(tokenizer, draw):
+def check_foreign(tokenizer, data):
     added = tokenizer.added_tokens_decoder
     pieces = st.sampled_from(PIECES) | st.sampled_from([t.content for t in added.values()])
     pieces |= st.text(max_size=5)
-    text = "".join(draw.draw(st.lists(pieces, max_size=8)))
-    at, piece = draw.draw(st.integers(0, len(text))), draw.draw(pieces)
+    text = "".join(data.draw(st.lists(pieces, max_size=8)))
+    at, piece = data.draw(st.integers(0, len(text))), data.draw(pieces)
     text = text[:at] + piece + text[at:]  # a piece may stand inside another one
     ids = encode_foreign(text, tokenizer, SEM)
     assert not set(ids) & set(added)

@@ -46,7 +46,7 @@ def test_commands_name_flags_that_exist(monkeypatch):
 
 
 def test_a_method_of_your_own(tmp_path):
-    """The file that the README shows trains as it stands there."""
+    """The program that is printed in the README can train without any change."""
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.splitlines()) <= 25
     (tmp_path / "brief.py").write_text(code)

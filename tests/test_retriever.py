@@ -1,7 +1,7 @@
 """python -m pytest tests/test_retriever.py
 
 BM25 is compared with rank_bm25 and a plain sort. The corpus loader names what is wrong in a file. Client and
-server meet on the loopback address, and servers of this file reply what a real one must not.
+server meet on the loopback address, and fake servers send replies that a real one must not send.
 """
 
 import http.client
@@ -62,8 +62,8 @@ def test_tokenize():
     assert tokenize(" .,;\n") == []
 
 
-# There are few words and the documents are short, so that repeated words, ties, words of every document and
-# a negative idf all occur.
+# There are few words and the documents are short, so that repeated words, ties, words that are in every
+# document and a negative idf all occur.
 words = st.sampled_from(["a", "b", "c", "d", "É", "ß", "日本", "x1", "_"])
 texts = st.lists(words, max_size=12).map(" ".join)
 corpora = st.lists(st.tuples(texts, texts), min_size=1, max_size=12)
@@ -86,8 +86,8 @@ def test_scores_are_rank_bm25s_and_the_top_is_a_sort(corpus, query, k, idf):
 
 
 def test_scores_on_a_larger_corpus():
-    """This corpus has long posting lists, rows of frequent words and ties, and the bound of the rarest word
-    comes into effect."""
+    """In this corpus there are long posting lists, ties, and frequent words that are stored as rows over all
+    documents. The bound that the rarest word gives for the k-th best score takes effect."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, 301)
     words = rng.choice(300, (2000, 12), p=share / share.sum())
@@ -124,7 +124,7 @@ def test_small_corpora_find_the_right_document(n):
         assert found[0].id == str(target) and len(found) == n and all(doc.score > 0 for doc in found)
 
 
-def test_a_word_of_every_document_counts_a_little():
+def test_a_word_that_is_in_every_document_counts_a_little():
     found = BM25([Doc("1", "", "windy"), Doc("2", "", "windy and warm")]).search(["windy"], 2)[0]
     assert [doc.id for doc in found] == ["1", "2"] and 0 < found[1].score < found[0].score
 
@@ -134,7 +134,7 @@ def test_nothing_found():
     assert BM25(DOCS).search([], 3) == []
     assert [doc.id for doc in BM25(DOCS).search(["zzz Łódź"], 3)[0]] == ["p4"]
     docs = [Doc("1", "", "a b"), Doc("2", "", "a c")]
-    assert not BM25(docs, "okapi").search(["a"], 2)[0]  # a word of every document has an idf below 0
+    assert not BM25(docs, "okapi").search(["a"], 2)[0]  # a word that is in every document has an idf below 0
 
 
 def test_ties_are_in_corpus_order():
@@ -157,7 +157,7 @@ def test_a_cached_result_cannot_be_changed():
     assert bm25.search(["poland"], 3)[0] == expected
 
 
-def test_threads():
+def test_searches_in_several_threads():
     bm25 = BM25(DOCS)
     queries = ["poland warsaw", "nobel prize", "the stone", "capital of japan", "curie"] * 40
     expected = bm25.search(queries, 3)
@@ -272,8 +272,8 @@ def running(server):
 
 @contextmanager
 def fake(*steps):
-    """A server that answers each request by the next step, and every further one by the last step. A step is
-    (status, body), (status, body, headers) or a function of the handler.
+    """A server that answers each request with the next step, and repeats the last step for all later
+    requests. A step is (status, body), (status, body, headers) or a function of the handler.
 
     Yields the address and the list of the requests seen, (path, parsed body)."""
     seen = []
@@ -337,7 +337,7 @@ def test_client_right_answer():
         assert seen == [("/retrieve", {"queries": ["who?", "東京"], "topk": 2, "return_scores": True})] * 4
 
 
-def test_client_other_forms():
+def test_client_reads_documents_without_scores():
     bare = {"result": [[{"id": 1, "contents": '"T"\nx'}, {"contents": '"U"\ny'}, {"contents": '"V"\nz'}]]}
     with fake((200, bare)) as (url, seen):
         found = Remote(url).search(["q"], 2)
@@ -586,7 +586,7 @@ def test_open_retriever_prefers_a_server_to_a_corpus(served, tmp_path):
 
 
 def test_open_retriever_reads_the_paragraphs_of_all_splits(tmp_path):
-    """A paragraph that occurs in two data sets is indexed once, and the ids are counted anew."""
+    """A paragraph that occurs in two data sets is indexed once, and the documents get new ids."""
     for name, titles in (("hotpot_train_v1.1", ("Pisa", "Oslo")), ("dev", ("Oslo", "Rome"))):
         context = [[title, [f"{title} is a city."]] for title in titles]
         row = {"_id": "1", "question": "Where?", "answer": "here", "context": context}

@@ -1,9 +1,9 @@
 """python -m pytest tests/test_reward.py          (SEM_DATA=FOLDER: also on real answers)
 
 Every case of SEM's reward stands in a table. Further tests are about the structure of an episode, arbitrary
-text, tricks that must not pay, and answer matching beside the official rules, which are written here a second
-time. The rewards of the other methods are compared with their published rules, and whatever is in REWARDS
-must be finite and a pure function.
+text, and tricks that must not pay. Answer matching is compared with the official rules, which are written
+here a second time. The rewards of all methods are compared with their published rules, and every entry of
+REWARDS must be finite and a pure function.
 """
 
 import copy
@@ -258,8 +258,9 @@ OVERHANGS = [".", "\n", "<", "></", ">\n\n", " .", "\ufffd", "?"]
 
 
 @pytest.mark.parametrize("overhang", OVERHANGS)
-def test_overhang_behind_a_search_tag(overhang):
-    """The token that ends a tag may hold more text. This is no mistake before a result, and only there."""
+def test_overhang_after_a_search_tag(overhang):
+    """The token that ends a tag may hold more text. Before a result this is no mistake; elsewhere it is
+    one."""
     draft, blank = T + WORDS["wrong"], not overhang.strip()
     answered = [
         episode(draft + S + overhang, R, WORDS["right"]),
@@ -322,7 +323,7 @@ GRAMMAR = re.compile(rf"{THINK}{ANSWER}(?:(?:{TURN})+{ANSWER})?\s*", re.DOTALL)
 
 @st.composite
 def texts(draw):
-    """The policy's texts, which the results separate. Their structure is right except for a few faults."""
+    """The policy's texts between the results. Their structure is right except for up to three faults."""
     pieces = [T, WORDS[draw(st.sampled_from(list(ANSWERS)))]]
     for _ in range(draw(st.integers(0, 2))):
         pieces += [S, "\ue000", *[T] * draw(st.integers(0, 1))]
@@ -514,9 +515,9 @@ TEN = "Rome Paris Oslo Lima Cairo Quito Delhi Tokyo Accra Seoul".split()
 def test_letters(right):
     name, town = chr(65 + right), TEN[right]
     question = Question("1", "?", [name], "s", TEN)
-    small, loud = name.lower(), town.upper()
+    small, capitals = name.lower(), town.upper()
     good = [name, small, f"({name})", f"({small})", f"{name}.", f"{name})", f"{name}:", f" {name}\n"]
-    good += [f"{name}) {town}", f"{name}. {town}", f"({name}) {town}", f"{small}. the {loud}!"]
+    good += [f"{name}) {town}", f"{name}. {town}", f"({name}) {town}", f"{small}. the {capitals}!"]
     for text in [*good, f"{name}.\n{town}", town, f" The {town}."]:
         assert letter(text, TEN) == name, text
         assert exact_match(text, question) == f1(text, question) == 1
@@ -650,7 +651,7 @@ phrases = st.lists(st.sampled_from(WORDY) | st.text(max_size=4), min_size=1, max
 @example("Yes", ["Yes Yes"], "musique")
 @example("x-y’s", ["x y s"], "triviaqa")
 def test_any_phrase(text, answers, source):
-    if source == "nq":  # the official rule separates accents from their letters, so both texts are separated
+    if source == "nq":  # the official rule splits off accents, so they are split off here too
         text, answers = unicodedata.normalize("NFD", text), [unicodedata.normalize("NFD", a) for a in answers]
     agrees_with_the_official_rule(text, gold(*answers, source=source))
     among_golds = gold(text, *answers, source=source)
@@ -771,11 +772,11 @@ def test_real_answers(name):
             tries = [text for text in tries if re.fullmatch(r"-?[0-9,]+(\.[0-9]+)?", text)]
         else:
             tries = [*perturbed(answer, other), question.text]
-        few = replace(question, answers=list({answer: 0} | dict.fromkeys(question.answers[:10])))
+        shortened = replace(question, answers=list({answer: 0} | dict.fromkeys(question.answers[:10])))
         for text in tries[i % 3 :: 3]:
-            if name == "nq":  # both spellings of an accent differ in reward.py, see test_any_phrase
+            if name == "nq":  # reward.py does not match the two ways to write an accented letter
                 text = unicodedata.normalize("NFC", text)
-            compared += agrees_with_the_official_rule(text, few)
+            compared += agrees_with_the_official_rule(text, shortened)
     assert compared > len(questions)
 
 
@@ -800,8 +801,8 @@ def test_real_options():
 # what the methods pay, next to their published rules
 #
 # Each function peer_* is a published rule, written from its paper and its public code. It reads what that
-# code reads: one text with the results in it, and before it the prompt with its example where the code reads
-# that too.
+# code reads: one text that contains the results and, if the code reads the prompt too, begins with the
+# example of the prompt.
 
 EXAMPLE = "Write it inside <answer> and </answer>, for example <answer> Beijing </answer>. Question: .."
 
@@ -899,8 +900,8 @@ def peer_research_paper(e, question, group):
 
 
 def peer_sem(e, question, group, search_cost=None):
-    """arXiv 2505.07903: the formula, term by term. Its code is not public, so only what the policy wrote is
-    read of the episode, by the grammar above."""
+    """arXiv 2505.07903: the formula, term by term. Its code is not public, so the grammar above is
+    used, which reads only what the policy wrote."""
     policy = "".join("\ue000" if s.kind == "env" else s.text for s in e.segments)
     before, tag, _ = policy.partition("<search>")
     answers = re.findall(r"<answer>(.*?)</answer>", policy.rpartition("\ue000")[2], re.DOTALL)
@@ -933,7 +934,7 @@ def peer_flat(e, question, group):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the table below: as it was published, and as reward.py has it."""
+    """A rule of the table below, as it was published and as reward.py computes it."""
 
     published: Callable  # (episode, question, group) -> the reward
     ours: Callable  # an entry of REWARDS, or a function of reward.py
@@ -1181,7 +1182,7 @@ def value(text):
     "name, line, stop, question, paid", PAID, ids=[" ".join(r[:2] + r[3:4]) for r in PAID]
 )
 def test_the_published_rule_and_ours(name, line, stop, question, paid):
-    """Both rules pay the same, or the row says what the published rule does in another way."""
+    """Both rules pay the same, or the row names the trait of the published rule that makes the difference."""
     paid, _, why = paid.partition(" (")
     published, _, ours = paid.partition(" -> ")
     assert why.strip(")") in (TRAITS if ours else {""})
@@ -1191,7 +1192,7 @@ def test_the_published_rule_and_ours(name, line, stop, question, paid):
     assert rule.ours(e, e.question, group=[e])["reward"] == value(ours or published)
 
 
-def test_the_table_is_whole():
+def test_the_table_is_complete():
     assert {row[0] for row in PAID} | {"otc"} == set(RULES) == {*PUBLISHED, "sem with cost"}
     assert {row[4].partition(" (")[2].strip(")") for row in PAID} == TRAITS | {""}
     for name in PUBLISHED:
@@ -1210,7 +1211,7 @@ def test_the_table_is_whole():
         ("research", {"research"}),
         ("research_paper", {"research"}),
         ("ssrl", {"ssrl"}),
-        ("otc", {"sem", "search-r1", "research", "zerosearch"}),  # the model's own searches cost nothing
+        ("otc", {"sem", "search-r1", "research", "zerosearch"}),  # it does not count self-searches
         ("flat", {"sem", "search-r1", "research", "zerosearch"}),
     ],
 )
@@ -1260,7 +1261,7 @@ RETRIED = [("model", T), ("reminder", "no"), ("model", "<answer>\\boxed{Marie Cu
 
 
 def assembled(pieces, stop, question, template, tokens=0):
-    """An episode from (kind, text) pairs, with so many policy tokens."""
+    """An episode from (kind, text) pairs, with `tokens` policy tokens."""
     e = Episode(question, [], stop=stop, template=template)
     e.segments = [Segment(kind, [], text) for kind, text in pieces]
     e.searches = sum(kind == "env" for kind, _ in pieces)
@@ -1281,8 +1282,8 @@ def assembled(pieces, stop, question, template, tokens=0):
 def test_any_episode_is_paid_within_bounds_and_retrieved_text_pays_nothing(
     name, template, question, pieces, stop, foreign
 ):
-    """A published reward is finite and in its range, a second call returns the same, and nothing is changed.
-    What was retrieved does not matter."""
+    """A published reward is finite and in its range, a second call returns the same, and the episode is not
+    changed. Other retrieved text in its place gives the same reward."""
     e, right = assembled(pieces, stop, question, template), dialogue("T right", "eos", question, template)
     before = copy.deepcopy(e)
     paid = REWARDS[name](e, question, group=[e, right])
@@ -1296,7 +1297,7 @@ def test_any_episode_is_paid_within_bounds_and_retrieved_text_pays_nothing(
 
 
 def templates_of(name):
-    """The templates that a reward can read, of the methods if there are such, otherwise of prompts.py."""
+    """The templates of methods that a reward can read or, if there are none, those of prompts.py."""
     others = [template for template in vars(prompts).values() if isinstance(template, Template)]
     fits = REWARDS[name].fits
     return list(filter(fits, method_templates)) or list(filter(fits, others))

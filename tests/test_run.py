@@ -49,7 +49,7 @@ def steps_of(flags: dict[str, str]) -> list[int]:
 
 @pytest.fixture
 def undisturbed(world, lively):
-    """The directory of a run of four steps that nothing disturbs."""
+    """The directory of a run of four steps that nothing interrupts."""
     flags = world | {"output_dir": world["output_dir"] + "-undisturbed"}
     assert run_main(flags) == 0
     return flags["output_dir"]
@@ -186,8 +186,8 @@ def test_the_start_model_is_not_overwritten(world, lively, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_a_full_disk_costs_a_warning(world, lively, monkeypatch, capsys):
-    """Of the checkpoint that does not fit nothing is left. Earlier ones stay, and training goes on."""
+def test_a_full_disk_causes_only_a_warning(world, lively, monkeypatch, capsys):
+    """Nothing is left of the checkpoint that does not fit. Earlier ones stay, and training goes on."""
     real = module.save_file
 
     def full(tensors, path):
@@ -232,7 +232,7 @@ def test_bf16_is_for_a_gpu_unless_the_flag_is_given(world, monkeypatch, given, e
 
 
 @pytest.mark.parametrize("method, place", [("sem", "out/toy"), ("search-r1", "out/toy-search-r1")])
-def test_without_a_model_it_is_the_toy_world(monkeypatch, tmp_path, method, place):
+def test_without_a_model_a_run_is_in_the_toy_world(monkeypatch, tmp_path, method, place):
     """The defaults of the toy world apply, except where the command line gives a flag."""
     built = []
     monkeypatch.setattr(module.toy, "build", lambda config: built.append(config) or tmp_path / "world")
@@ -271,7 +271,7 @@ def terminate():
 
 
 def at_the_end_of(real, call: int, action):
-    """`real`, with `action` at the end of its call number `call`."""
+    """A function that calls `real`, and `action` at the end of call number `call`."""
     calls = []
 
     def wrapped(*args, **options):
@@ -355,7 +355,7 @@ def test_a_signal_while_the_step_is_recorded_waits_for_the_end_of_the_step(
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_checkpoint_is_always_finished(world, undisturbed, monkeypatch, handlers, number):
-    """One signal or two while it is written: it is completed first, and then the run stops."""
+    """If one or two signals come while it is written, it is completed first, and then the run stops."""
     real = module.save_file
 
     def save_file(*args):
@@ -380,8 +380,8 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(world, lively, monk
     assert not list(out.glob("checkpoint-*")) and not (out / "metrics.jsonl").exists()
 
 
-def test_handlers_are_those_of_training_alone(world, lively, monkeypatch, handlers):
-    """They are put back after the last step, and also after an error."""
+def test_handlers_are_installed_only_during_training(world, lively, monkeypatch, handlers):
+    """The handlers from before are put back after the last step, and also after an error."""
     during = []
     spy = at_the_end_of(grpo.rollout, 1, lambda: during.append(signal.getsignal(signal.SIGTERM)))
     monkeypatch.setattr(grpo, "rollout", spy)
@@ -461,8 +461,8 @@ grpo.program()
 
 
 def test_a_second_signal_ends_the_program_at_once(world, undisturbed, tmp_path):
-    """The first one comes while the weights move, and waits. The second one does not, even there, and the
-    directory can be resumed from the checkpoint before."""
+    """The first signal comes while the weights move, so it waits. The second one ends the program even then,
+    and the run can be resumed from its last checkpoint."""
     (tmp_path / "driver.py").write_text(DRIVER)
     process = start("driver.py", *arguments(world), cwd=tmp_path)
     wait_until((tmp_path / "held").exists, process)

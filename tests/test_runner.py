@@ -49,14 +49,14 @@ class Graph:
 
 
 class Device(str):
-    """The CPU, for everything but the decision whether to record: a rollout takes it for a GPU."""
+    """A CPU that says it is a GPU, so that a rollout records graphs. For everything else it is the CPU."""
 
     type = "cuda"
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Puts the stand-in in the place of torch's graphs."""
+    """Replaces torch's CUDA graphs by the stand-in."""
     step = ModelRunner.step
 
     def recorded(self, rows, kv_len):
@@ -96,8 +96,8 @@ def content(episodes):
 @pytest.mark.parametrize("slots", [1, 9, 21])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_replayed_steps_are_the_eager_ones(graphs, shape, slots, temperature):
-    """The steps are rounded up to more rows and a longer cache, and the padding has the slots of other
-    rows."""
+    """The numbers of rows and of cache positions are rounded up, and the rows of padding have the slots of
+    other rows, which must not change."""
     eager = sample(shape, slots=slots, temperature=temperature, cuda_graphs=False)
     assert not Graph.made
     replayed = sample(shape, slots=slots, temperature=temperature)
@@ -186,7 +186,7 @@ def test_round_up(n, least):
 
 @gpu
 @pytest.mark.parametrize("shape", SHAPES)
-def test_on_a_gpu(shape, monkeypatch):
+def test_replayed_steps_on_a_gpu_are_the_eager_ones(shape, monkeypatch):
     runners = []
 
     def runner(*args):

@@ -41,11 +41,11 @@ def test_noise_by_hand(step, expected):
     assert noise_share(step, 4, 0.0, 0.5) == pytest.approx(expected)
 
 
-def test_noise_from_elsewhere():
+def test_noise_between_other_shares():
     assert noise_share(0, 203, 0.25, 0.75) == 0.25 and noise_share(203, 203, 0.25, 0.75) == 0.75
-    assert noise_share(101.5, 203, 0.25, 0.75) == pytest.approx(0.25 + 0.5 / 3)  # halfway it is a third
+    assert noise_share(101.5, 203, 0.25, 0.75) == pytest.approx(0.25 + 0.5 / 3)  # halfway, a third is done
     assert noise_share(7, 10, 0.3, 0.3) == 0.3
-    assert noise_share(5, 10, 0.5, 0.0) == pytest.approx(1 / 3)  # it may fall, too
+    assert noise_share(5, 10, 0.5, 0.0) == pytest.approx(1 / 3)  # the share may also fall
 
 
 def noisy(seed: int, step: int, share: float, queries=QUERIES) -> list[bool]:
@@ -55,19 +55,19 @@ def noisy(seed: int, step: int, share: float, queries=QUERIES) -> list[bool]:
 
 
 def test_what_is_noise_depends_on_seed_step_and_query_alone():
-    once = noisy(0, 3, 0.5)
-    assert noisy(0, 3, 0.5) == once
-    assert noisy(0, 3, 0.5, QUERIES[::-1]) == once[::-1]  # it depends on no order and no neighbours
-    assert noisy(0, 3, 0.5, [QUERIES[7]]) == [once[7]]
+    first = noisy(0, 3, 0.5)
+    assert noisy(0, 3, 0.5) == first
+    assert noisy(0, 3, 0.5, QUERIES[::-1]) == first[::-1]  # neither order nor neighbours matter
+    assert noisy(0, 3, 0.5, [QUERIES[7]]) == [first[7]]
     others = [noisy(1, 3, 0.5), noisy(0, 4, 0.5), noisy(0, 3, 0.5, [q + "?" for q in QUERIES])]
     for other in others:
-        assert 120 < sum(a != b for a, b in zip(once, other, strict=True)) < 280
+        assert 120 < sum(a != b for a, b in zip(first, other, strict=True)) < 280
     noisier = noisy(0, 3, 0.7)
-    assert all(b for a, b in zip(once, noisier, strict=True) if a) and sum(noisier) > sum(once)
+    assert all(b for a, b in zip(first, noisier, strict=True) if a) and sum(noisier) > sum(first)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_share_is_the_share(share):
+def test_results_are_noise_in_the_given_share(share):
     draws = [noise for step in range(10) for noise in noisy(0, step, share)]
     assert sum(draws) / len(draws) == pytest.approx(
         share, abs=4 * math.sqrt(share * (1 - share) / len(draws))
@@ -78,7 +78,7 @@ def test_the_share_is_the_share(share):
 # from a corpus
 
 
-def test_a_corpus_without_noise_is_the_corpus():
+def test_without_noise_the_results_are_those_of_the_corpus():
     corpus = BM25(DOCS)
     source = CorpusSimulator(corpus, 0)
     assert source.simulates
@@ -98,7 +98,7 @@ def test_noise_of_a_corpus():
         assert (got != want) if bad else (got == want)
         assert len(got) == len({doc.id for doc in got}) == 3 and all(doc.text in queries for doc in got)
     ids = [doc.id for got, bad in zip(found, is_noise, strict=True) if bad for doc in got]
-    assert len(set(ids)) > 15  # not the same few
+    assert len(set(ids)) > 15  # the noise is not always the same few documents
     assert source.search(queries, 3, questions(40)) == found
     assert source.search(queries[::-1], 3, questions(40)) == found[::-1]
     assert corpus.search(queries, 3) == plain  # the cache of the corpus is unchanged
@@ -122,7 +122,7 @@ def test_noise_of_a_corpus_smaller_than_k():
         ("**Doc 1:** one\n- Doc 2. two\n# Doc 3 three", ["one", "two", "three"]),
         ("Doc1: one\nDoc2: two", ["one", "two"]),
         ("Doc 1: one\nDoc 2:\nDoc 3: three", ["one", "three"]),
-        ("Doc 1: see Doc 2: it says so", ["see Doc 2: it says so"]),  # only where a line begins
+        ("Doc 1: see Doc 2: it says so", ["see Doc 2: it says so"]),  # a mark must stand where a line begins
         ("one\n\n two \n", ["one", "two"]),
         ("the doctor", ["the doctor"]),
         ("", []),
@@ -156,7 +156,7 @@ def test_any_text_gives_documents(text, k):
     assert all(doc.text and doc.text == doc.text.strip() and doc.text in text for doc in found)
 
 
-def test_the_answer_answer_texts():
+def test_answer_texts():
     assert Question("1", "?", ["Oslo", "Christiania"], "x").answer_texts() == ["Oslo", "Christiania"]
     assert Question("1", "?", ["B"], "x", ["Oslo", "Lima"]).answer_texts() == ["Lima"]
 
@@ -258,7 +258,7 @@ def eager(monkeypatch, world):
     def reward(episode, question, **options):
         return {"reward": sum(episode.ids) % 3 / 2, "em": 0.0}
 
-    # all numbers of a row are the same one, by which `sample` knows the row
+    # all numbers of a row are equal, so that `sample` can tell the rows apart
     monkeypatch.setattr(rollout, "uniform_stream", lambda n, *key: random(1, *key) * n)
     monkeypatch.setattr(runner, "sample", sample)
     monkeypatch.setitem(REWARDS, "eager", Reward(reward))

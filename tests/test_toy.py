@@ -1,7 +1,8 @@
 """python -m pytest tests/test_toy.py
 
-What the toy world's base models are trained on: transcripts of every dialect in its form, which are right by
-its reward, and a closed-book part with neither tool nor tags. No test trains a base model, since that takes
+The tests are about the texts that the toy world's base models are trained on. A transcript has the form of
+its dialect and is right by the reward of that dialect. A closed-book part has neither tool nor tags. Other
+tests are about the exam of a base model and about `build`. No test trains a base model, because that takes
 minutes.
 """
 
@@ -21,7 +22,7 @@ from rollout import detokenize
 WORLD = toy.World.make(0)
 TOKENIZER = toy.make_tokenizer(WORLD)
 DIALECTS = ["sem", "ssrl", "search-r1", "research"]
-SHAPES = {  # of a transcript: without a search, with one, with two
+SHAPES = {  # dialect: the shapes of transcripts without a search, with one, and with two
     "sem": {"TA", "TASRTA", "TASRSRTA"},
     "ssrl": {"TA", "TSRTA", "TSRSRTA"},
     "search-r1": {"TA", "TSRTA", "TSRSRTA"},
@@ -30,15 +31,15 @@ SHAPES = {  # of a transcript: without a search, with one, with two
 
 
 def transcripts(method: str, n: int = 400, **options) -> list[tuple[str, str]]:
-    """(prompt, text): what stands before and behind the <assistant> of a transcript."""
+    """(prompt, text) for each of `n` transcripts: what stands before and after <assistant>."""
     rng, config = random.Random(f"test {method}"), toy.Config(method=method, **options)
     rows = (detokenize(TOKENIZER, toy.transcript(WORLD, rng, config, TOKENIZER)) for _ in range(n))
     return [row.split(" <assistant> ") for row in rows]
 
 
 def episode(text: str, method: str, question: Question) -> Episode:
-    """The text as a rollout would have cut it into segments: a result is the environment's, unless the policy
-    writes its results itself, and </answer> or <eos> ends the episode."""
+    """An episode from a text, which is cut into segments as a rollout would cut it: a result belongs to the
+    environment, unless the policy writes its results itself, and </answer> or <eos> ends the episode."""
     template = METHODS[method].template
     assert text.endswith(" <eos>")
     text = text.removesuffix(" <eos>")
@@ -54,8 +55,8 @@ HOPS = "composed", "two_hop"  # kinds of question that take two searches
 
 
 def gold(prompt: str, text: str) -> tuple[str | None, str]:
-    """(the right answer by what the transcript's reader can know, kind of the question), found in the text
-    and the world by other rules than toy.py's. The answer is None where nobody could know it."""
+    """(right answer, kind of the question). Both are found in the text and in the world by other rules than
+    those of toy.py. The answer is None if it follows neither from the text nor from the known facts."""
     words = re.search(r"what is (?:the )?(.*) \?", prompt)[1].split()
     facts = {}
     for relation, name, value in re.findall(r"(\w+) of (\w+) is (\w+) \.", text):
@@ -75,7 +76,7 @@ def gold(prompt: str, text: str) -> tuple[str | None, str]:
 
 @pytest.mark.parametrize("method", DIALECTS)
 def test_every_transcript_is_a_right_episode(method):
-    """The rules of the reward read its shape and its answer, and give it a known reward."""
+    """The reward reads the shape and the answer of a transcript, and pays what follows from these."""
     shapes, kinds, guesses = set(), set(), []
     for prompt, text in transcripts(method, closed_book=0.0):
         answer, kind = gold(prompt, text)
@@ -95,7 +96,7 @@ def test_every_transcript_is_a_right_episode(method):
         if method == "sem":
             assert p.valid
             right = exact_match(p.first, question) == 1.0
-            assert right or kind in ("unknown", *HOPS)  # what it knows it also drafts
+            assert right or kind in ("unknown", *HOPS)  # what the model knows stands in the draft
             guesses += [right] * (kind in ("unknown", *HOPS))
             assert reward == (not right if searched else right)
         elif method == "ssrl":
@@ -105,7 +106,7 @@ def test_every_transcript_is_a_right_episode(method):
             assert reward == 1.0
     assert shapes == SHAPES[method]
     assert kinds == {(k, s) for k in ("known", "unknown", *HOPS, "arithmetic") for s in (True, False)}
-    if guesses:  # drafts about the unknown are right by chance, one in twelve
+    if guesses:  # the other drafts are guesses, of which one in twelve is right
         assert 0 < sum(guesses) / len(guesses) < 0.25
 
 
@@ -138,14 +139,14 @@ def test_every_tag_is_one_token(template: Template):
 
 
 def test_no_word_of_the_world_is_unknown():
-    """All that a transcript says is in the vocabulary."""
+    """Every word of a transcript is in the vocabulary."""
     for method in DIALECTS:
         assert not any("<unk>" in text or "<unk>" in prompt for prompt, text in transcripts(method, 200))
     assert "<unk>" not in detokenize(TOKENIZER, TOKENIZER("\\boxed{ oslo }").input_ids)
 
 
-def test_a_result_tells_no_fact_twice():
-    """Two values of one fact in one result would teach the base model nothing."""
+def test_a_result_states_no_fact_twice():
+    """A result with two values of one fact would teach the base model nothing."""
     rng = random.Random(0)
     for name in WORLD.unknown * 20:
         docs = toy.results(WORLD, rng, "home", name, "oslo")
@@ -159,7 +160,7 @@ def test_a_result_tells_no_fact_twice():
     "change",
     [{"method": "semm"}, {"steps": 0}, {"batch_size": 0}, {"layers": 0}, {"hidden_size": 97}],
 )
-def test_no_world_of_bad_settings(tmp_path, change):
+def test_bad_settings_build_no_world(tmp_path, change):
     [(name, value)] = change.items()
     with pytest.raises(InputError, match=f"--{name} {value}: must be"):
         toy.build(toy.Config(output_dir=str(tmp_path / "world"), **change))
@@ -171,7 +172,7 @@ def test_what_is_no_toy_world_is_left_alone(monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     weights = tmp_path / "out" / "model.safetensors"
     weights.write_text("a night's work")
-    (tmp_path / "out" / "world.json").write_text("{}")  # even there
+    (tmp_path / "out" / "world.json").write_text("{}")  # even with this file it is no toy world
     for place in (tmp_path / "out", weights):
         with pytest.raises(InputError, match="holds something that is not a toy world; it is left as it is"):
             toy.build(toy.Config(output_dir=str(place)))
@@ -180,9 +181,10 @@ def test_what_is_no_toy_world_is_left_alone(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", DIALECTS)
 @pytest.mark.parametrize("wrong, expected", [([], (1, 1)), ([-1], (0, 1)), ([-2], (1, 0))])
-def test_exam_asks_the_answer_and_the_thought_after_a_result(method, wrong, expected):
-    """It does not ask the answer after that thought, which only repeats it. The stand-in for the model
-    predicts the next token of every text, except at the places in `wrong` among the values that it names."""
+def test_exam_checks_the_answer_and_the_thought_after_a_result(method, wrong, expected):
+    """The answer after that thought is not checked, because it only repeats the thought. The stand-in for the
+    model predicts every next token right, except for those values (homes and colours) of a text whose indices
+    are in `wrong`."""
     values = set(TOKENIZER.convert_tokens_to_ids(toy.HOMES + toy.COLOURS))
 
     def model(input_ids):
@@ -197,7 +199,7 @@ def test_exam_asks_the_answer_and_the_thought_after_a_result(method, wrong, expe
 
 
 @pytest.mark.parametrize("readings, rounds", [([0.9], 1), ([0.1, 0.9], 2), ([0.1, 0.1, 0.1], 3)])
-def test_a_base_model_that_can_not_read_is_trained_on(monkeypatch, tmp_path, capsys, readings, rounds):
+def test_a_base_model_that_cannot_read_is_trained_further(monkeypatch, tmp_path, capsys, readings, rounds):
     trained, marks = [], iter(readings)
     monkeypatch.setattr(toy, "train", lambda model, *args: trained.append(model))
     monkeypatch.setattr(toy, "exam", lambda *args: (1.0, next(marks)))

@@ -1,4 +1,5 @@
-"""What several test files share: a world of a few words in files, a run in it, and episodes made by hand.
+"""What several test files share: the files of a world of a few words, a run in that world, and episodes made
+by hand.
 
 flags = write_world(tmp_path)            # the fixture `world`
 assert run_main(flags, "--resume") == 0
@@ -82,7 +83,7 @@ def run_main(flags: dict[str, str], *switches: str) -> int:
 
 
 def timeless(path: Path) -> list[dict]:
-    """The lines of a log without what depends on the clock."""
+    """The lines of a log without the figures that depend on the clock."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if "seconds" not in k and "time" not in k and "/s" not in k}
@@ -91,15 +92,15 @@ def timeless(path: Path) -> list[dict]:
 
 
 def lively_reward(episode: Episode, question: Question, **options) -> dict[str, float]:
-    """A reward that differs within a group: it depends on the number of odd ids. From the reward of SEM an
-    untrained model earns nothing."""
+    """An untrained model earns nothing by the reward of SEM, so all its advantages are 0. This reward depends
+    on the number of odd ids, so it differs within a group."""
     parts = {"f": 1.0, "s": float(episode.searches > 0), "t": 1.0, "u": 0.0, "f1_a1": 0.0, "f1_a2": 0.0}
     return {"reward": sum(i % 2 for i in episode.ids) % 3 / 2, **parts}
 
 
 def episodes_with_results() -> list[Episode]:
-    """Five episodes of unlike lengths, each with text of the model, a result (two of them empty), and text of
-    the model again."""
+    """Five episodes of different lengths. Each has text of the model, a result (in two episodes an empty
+    one), and text of the model again."""
     generator = torch.Generator().manual_seed(3)
 
     def ids(n):
