@@ -344,8 +344,9 @@ def gpu_text() -> str:
         gpu = torch.cuda.get_device_properties(0)
         note = f"""{gpu.name}, triton {version("triton")}, {", ".join(there) or "no other package"}\
 {"; absent: " + ", ".join(absent) if absent else ""}. In the same run a copy moved {copy / 1e12:.2f} TB/s and
-a bf16 product of 8,192 cubed ran at {rate / 1e12:.0f} TFLOP/s. Percent: the time at these rates as a share of the measured one, for one
-reading of the kept rows (forward), for reading and writing them (with gradient), for 6 N H V operations."""
+a bf16 product of 8,192 cubed ran at {rate / 1e12:.0f} TFLOP/s. Percent: the time at these
+rates as a share of the measured one, for one reading of the kept rows (forward), for reading and writing them
+(with gradient), for 6 N H V operations."""
     return f"""{note}
 
 From given logits, bf16, V = {VOCAB:,}: time and memory beyond the logits.

@@ -11,7 +11,7 @@ and encodes the document.
 Episodes of one turn: the peer is one `generate` over all rows. With mixed lengths it runs until the longest
 row ends.
 
-What is sampled comes from a script, so that both sides do the same work; before the timing the ids are compared.
+What is sampled comes from a script, so that both sides do the same work; the ids are compared beforehand.
 Both compute the distribution and draw from it, and then the script's token takes the place of the drawn one.
 Prefill tokens are counted without padding. A sampled token that is fed to the next call of the model is not
 one of them.
@@ -64,8 +64,8 @@ class Row:
 
 
 def make_row(rng: random.Random, turns: list[int], results: list[int]) -> Row:
-    """A row whose turns have the given numbers of tokens. All but the last one end in a search, and the query is the
-    length of its result."""
+    """A row whose turns have the given numbers of tokens. All but the last one end in a search, whose query is
+    the length of its result."""
     row = Row([], results)
     for n, result in zip(turns, [*results, None], strict=True):
         end = [SEARCH, *(DIGIT + int(digit) for digit in str(result)), SEARCH_END] if result else [EOS]

@@ -57,7 +57,7 @@ def test_advantages_golden_values():
 
 
 def test_equal_rewards_give_exactly_zero():
-    """This holds for every value and group size. Otherwise rounding would be divided by a tiny std."""
+    """Whatever the value and the group size, rounding in the mean must not be divided by a tiny std."""
     for value, size in itertools.product([i / 100 for i in range(101)], range(2, 33)):
         rewards = torch.full((1, size), value, dtype=torch.float64)
         assert grpo.advantages(rewards, torch.ones(1, size, dtype=torch.bool), "grpo").abs().max() == 0
@@ -284,8 +284,8 @@ def test_every_iteration_needs_one_forward_pass(model, iterations):
     for number, figures in enumerate(expected[1:], 2):
         named |= {f"iteration_{number}/{name}": value for name, value in figures.items()}
     assert {name: metrics[name] for name in named} == pytest.approx(named, abs=1e-9)
-    of_step = {"sampler_logp_diff/mean", "sampler_logp_diff/max", "seconds/score", "seconds/update"}
-    assert metrics.keys() == named.keys() | of_step
+    once_a_step = {"sampler_logp_diff/mean", "sampler_logp_diff/max", "seconds/score", "seconds/update"}
+    assert metrics.keys() == named.keys() | once_a_step
     first, second = expected[:2]
     assert first["clip_ratio/low_mean"] == first["clip_ratio/high_mean"] == 0
     assert second["clip_ratio/low_mean"] > 0 and second["clip_ratio/high_mean"] > 0
@@ -505,6 +505,29 @@ def test_another_reward(name, flags, world, monkeypatch):
     assert len(calls) == 16
     stored = json.loads((Path(world["output_dir"]) / "run.json").read_text())
     assert (stored["method"], stored["reward"]) == ("sem", name)
+
+
+def test_a_failed_search_is_in_no_group(world, monkeypatch):
+    """A reward that compares the episodes of a group (otc) must not see an episode whose search failed."""
+    real, groups = grpo.rollout, []
+
+    def first_fails(*args, **options):
+        episodes = real(*args, **options)
+        for episode in episodes[::4]:  # the first one of each group
+            episode.stop = "search_failed"
+        return episodes
+
+    def reward(episode, question, *, group, **options):
+        groups.append([e.stop for e in group])
+        return {"reward": 0.0}
+
+    monkeypatch.setattr(grpo, "rollout", first_fails)
+    monkeypatch.setitem(REWARDS, "otc", Reward(reward))
+    assert run_main(world | {"reward": "otc", "max_steps": "1"}) == 0
+    assert len(groups) == 4 * 3 and all(len(stops) == 3 for stops in groups)
+    assert all("search_failed" not in stops for stops in groups)
+    rows = timeless(Path(world["output_dir"]) / "transcripts.jsonl")
+    assert all(("reward" in row) == (row["stop"] != "search_failed") for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -863,12 +863,12 @@ QUERIES = [  # a query, the probabilities of its tokens, its uncertainty, whethe
     ("<search> n3 </search>", [1 / 2, 1 / 2, 1 / 2], 0.5, True),  # less certain than the query before
     ("<search> n4 </search>", [1 / 2, 1 / 2, 1 / 2], 0.5, False),  # as uncertain as the query before
     ("<search>n5</search>", [1 / 16], 0.25, False),
-    ("<search> n6 </search>", [1 / 8, 1 / 2, 1 / 8], 1.25 / 3, True),  # less certain than the one before
+    ("<search> n6 </search>", [1 / 8, 1 / 2, 1 / 8], 1.25 / 3, True),  # less certain than n5, but not than n3
     ("<search> n7 </search>", [0.4, 0.4, 0.4], None, False),  # less certain, but over the budget
 ]
 
 
-def test_only_a_less_certain_query_is_searched_for_again(script, monkeypatch):
+def test_after_the_first_query_only_a_less_certain_one_is_searched_for(script, monkeypatch):
     """Tokens outside of the query do not count, however uncertain they are."""
     row, logps, seen, real = [], [], [], module.SearchLoop.is_less_certain
 
@@ -923,12 +923,7 @@ TURNS = [  # what is sampled with a budget of 2; segments (m r e: model, reminde
     ("<search> </search> <answer> n1 </answer>", "mrm", "answer", 0),
     ("n1 </search> <answer> n1 </answer>", "mrm", "answer", 0),
     ("n1 </answer> <answer> n1 </answer>", "mrm", "answer", 0),
-    (
-        "<answer> n1 <eos> n2 </answer> <answer> n1 </answer>",
-        "mrmrm",
-        "answer",
-        0,
-    ),  # opened a turn earlier
+    ("<answer> n1 <eos> n2 </answer> <answer> n1 </answer>", "mrmrm", "answer", 0),  # opened a turn earlier
     ("<search> n1 <eos> n2 </search> <answer> n1 </answer>", "mrmrm", "answer", 0),
     ("</answer> </search> </answer>", "mrmrm", "answer", 0),  # no answer, and no turn is left
     ("</answer> </search> <search> </search>", "mrmrm", "turns", 0),  # an empty query is over the budget too
@@ -1179,7 +1174,7 @@ def test_every_token_is_fed_once(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("prompt, group, searches, turn, result", TRACES)
-def test_prefill_is_at_most_half_of_that_of_a_loop_that_starts_over_at_every_turn(
+def test_prefill_is_at_most_half_of_prefilling_the_context_at_every_turn(
     script, monkeypatch, prompt, group, searches, turn, result
 ):
     """Only the prompts and the results are prefilled, while the loop of TRL and Search-R1 prefills the whole
