@@ -243,8 +243,8 @@ def main(config: Config):
     note = (
         f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
         f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. Mean over the seeds, in "
-        f"brackets their range; the rows of the happy and the shy base have the seeds {config.habit_seeds} alone. Own "
-        "reward: the mean of 1,024 sampled episodes on the training questions."
+        f"brackets their range; those of the happy and the shy base are from the seeds {config.habit_seeds} "
+        "alone. Own reward: the mean of 1,024 sampled episodes on the training questions."
     )
     results.write("methods", f"## The methods in the toy world\n\n{tables}\n\n{note}")
 

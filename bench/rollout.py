@@ -64,8 +64,8 @@ class Row:
 
 
 def make_row(rng: random.Random, turns: list[int], results: list[int]) -> Row:
-    """A row whose turns have the given numbers of tokens. All but the last one end in a search, whose query is
-    the length of its result."""
+    """A row whose turns have the given numbers of tokens. All but the last one end in a search, whose query
+    is the length of its result."""
     row = Row([], results)
     for n, result in zip(turns, [*results, None], strict=True):
         end = [SEARCH, *(DIGIT + int(digit) for digit in str(result)), SEARCH_END] if result else [EOS]
