@@ -92,7 +92,8 @@ def token_scale(lengths: list[int], loss_type: str, max_completion_length: int) 
 
 @dataclass
 class Batch:
-    """One micro-batch: the padded token ids of its rows, and one entry for each of its N loss tokens."""
+    """One micro-batch: its rows, which are episodes with their prompts, and one entry for each of its N loss
+    tokens."""
 
     ids: torch.Tensor  # [rows, width] int64, padded on the right; causal attention never reads the padding
     row: torch.Tensor  # [N] int64: the row of the token

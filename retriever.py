@@ -1,9 +1,10 @@
 """Search over a corpus: BM25 in this process, and Search-R1's /retrieve protocol, as client and as server.
 
-A retriever is any object with `search(queries, k) -> list[list[Doc]]`. Here these are `BM25` and `Remote`,
-and `open_retriever` chooses between them by the flags. Dense retrieval is not here; it can run behind
-/retrieve. prompts.encode_foreign makes passages safe to show to a model. BM25 is not for many millions of
-passages, since rank_bm25 holds one dict for each while it is built.
+A retriever is any object with `search(queries, k) -> list[list[Doc]]`; simulator.CorpusSimulator needs its
+list `docs` as well. Here these are `BM25` and `Remote`, and `open_retriever` chooses between them by the
+flags. Dense retrieval is not here; it can run behind /retrieve. prompts.encode_foreign makes passages safe to
+show to a model. BM25 is not for many millions of passages, since rank_bm25 holds one dict for each while it
+is built.
 
     python retriever.py --corpus corpus.jsonl --port 8000         # serves /retrieve on 127.0.0.1
 

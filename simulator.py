@@ -73,7 +73,7 @@ class CorpusSimulator(Simulator):
 
     def search(self, queries: list[str], k: int, questions: list[Question]) -> list[list[Doc]]:
         """What the corpus gives for each query; for noisy results random documents of it."""
-        results = self.corpus.search(queries, k)
+        results = list(self.corpus.search(queries, k))
         for i, query in enumerate(queries):
             noisy, rng = self.draw(query)
             if noisy:

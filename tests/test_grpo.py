@@ -20,7 +20,6 @@ from worlds import VOCABULARY, episodes_with_results, run_main, timeless, write_
 
 import grpo
 import kernels
-import rollout
 from config import Config
 from data import Episode, InputError, Question, Segment
 from measures import step_metrics
@@ -168,17 +167,23 @@ def test_results_have_no_gradient_and_enter_no_metric(model):
     parts = [{"reward": 0.0, "f": 0.0, "s": 0.0, "f1_a1": 0.0}] * 5
     before = step_metrics(episodes, parts, group_size=5, tau=0.5)
     assert before["num_tokens"] == len(batch.target) and before["completions/max_length"] == 11
-    embeds = model.get_input_embeddings()(batch.ids).detach().requires_grad_()
-    hidden = model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    seen = torch.zeros(hidden.shape[:2], dtype=torch.bool)
-    seen[batch.row, batch.position] = True
-    hidden.retain_grad()
-    loss, _ = kernels.grpo_loss(
-        hidden[batch.row, batch.position], model.get_output_embeddings().weight.detach(), batch.target,
-        None, None, batch.advantage, batch.scale, epsilon=0.2, epsilon_high=0.2, beta=0.0,
-    )  # fmt: skip
+    captured = []
+
+    def capture(module, inputs, output):
+        output.last_hidden_state.retain_grad()
+        captured.append(output.last_hidden_state)
+
+    model.base_model.register_forward_hook(capture)
+    loss, _ = grpo.policy_loss(model, batch, config, 56)
     loss.backward()
-    assert hidden.grad[~seen].abs().max() == 0 and hidden.grad[seen].abs().max() > 0
+    [hidden] = captured  # [rows, width, H]
+    predicts = torch.zeros(hidden.shape[:2], dtype=torch.bool)  # positions before a token of the policy
+    by_length = sorted(episodes, key=lambda e: len(e.prompt_ids + e.ids))  # the order of the rows
+    for row, e in enumerate(by_length):
+        for t in (t for t, chosen in enumerate(e.loss_mask) if chosen):
+            predicts[row, len(e.prompt_ids) + t - 1] = True
+    assert hidden.grad[~predicts].abs().max() == 0
+    assert (hidden.grad[predicts].abs().amax(-1) > 0).all()
     # the text of a result is only read by the policy; it changes neither targets nor metrics
     for episode in episodes:
         for t in [t for t, chosen in enumerate(episode.loss_mask) if not chosen]:
@@ -394,7 +399,6 @@ def test_failed_searches_are_left_out_of_the_update(world, lively, monkeypatch):
         return episodes
 
     monkeypatch.setattr(grpo, "rollout", down)
-    assert rollout.rollout is real
     assert run_main(world | {"max_steps": "1"}) == 0
     row = timeless(Path(world["output_dir"]) / "metrics.jsonl")[0]
     assert row["tools/failure_frequency"] == 1 and "grad_norm" not in row

@@ -30,12 +30,10 @@ def test_every_equation_has_its_function():
 
 
 def test_the_files_that_the_readme_names_exist():
-    for name in re.findall(r"`((?:bench/)?\w+\.(?:py|md))`", README):
+    names = re.findall(r"`((?:bench/)?\w+\.(?:py|md))`", README)
+    assert len(names) >= 6
+    for name in names:
         assert (ROOT / name).exists() or name == "brief.py", name
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 150
 
 
 def test_commands_name_flags_that_exist(monkeypatch):

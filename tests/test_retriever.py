@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +24,7 @@ from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
 import retriever
+from config import Config
 from data import Doc, InputError
 from retriever import BM25, Handler, Remote, RetrieverError, Server, load_corpus, open_retriever, tokenize
 
@@ -572,7 +572,7 @@ def test_server_other_paths_and_lengths(served):
 
 
 def flags(retriever="", corpus=""):
-    return types.SimpleNamespace(retriever=retriever, corpus=str(corpus))
+    return Config(retriever=retriever, corpus=str(corpus))
 
 
 def test_open_retriever_prefers_a_server_to_a_corpus(served, tmp_path):
