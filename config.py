@@ -44,7 +44,7 @@ class Config:
     retriever: str = ""  # URL of a /retrieve server (Search-R1's protocol), in place of a corpus
     output_dir: str = "out/sem"  # directory of settings, metrics, transcripts, checkpoints and final weights
     resume: bool = False  # continue the run in output_dir from its newest complete checkpoint
-    seed: int = 0  # of the mix and the sampling; each step is a function of (seed, step)
+    seed: int = 0  # of the mix, the sampling, and the toy world
     # rollout
     prompts_per_step: int = 256  # questions a step (ReSearch)
     num_generations: int = 5  # episodes of each question, the group size G (ReSearch)
@@ -60,7 +60,7 @@ class Config:
     noise_end: float = 0.5  # zerosearch: share of noisy results at the end (ZeroSearch)
     # reward
     tau: float = 0.5  # sem: F1 from which the first answer counts as right (not published; our choice)
-    sem_kept: float | None = None  # sem: share of F1(a2) lost by a search after a right draft; none: all
+    sem_kept: float | None = None  # sem: a right draft, then a search earns (1 - this) F1(a2); none: 0 (SEM)
     # objective
     beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
     epsilon: float = 0.2  # lower clip of the ratio (ReSearch)

@@ -92,7 +92,7 @@ def probe(model, tokenizer, max_len: int):
         a sliding window shorter than `max_len`
         rotary angles that change with the longest row of a batch (longrope)
         attention that is wrong under the masks of the sampler
-        logits that are not hidden @ lm_head.T (a bias, soft-capping, a scale), since kernels/ computes these
+        logits other than hidden @ lm_head.T (a bias, soft-capping, a scale): kernels/ computes that product
 
     The last two are tried: attention on a short ragged batch, and the logits on a plain one."""
     config = model.config.get_text_config()

@@ -1,8 +1,8 @@
 """The prompt and the tags of each method, and how text becomes token ids.
 
-Here: `Template` (a method's system prompt, its tags and its rules), the template of every method, and all
-functions that turn text into ids: `render` for prompts, `encode_result` for search results. Text that
-somebody else wrote must not act as a tag or as a special token, so it goes through `neutralise` first.
+Here: `Template` (a method's system prompt, its tags and its rules), the template of every method, and the
+functions that turn prompts and results into ids: `render` and `encode_result`. Text that somebody else wrote
+must not act as a tag or as a special token, so it goes through `neutralise` first.
 Not here: the sampling itself (rollout.py), and reading an episode back (reward.py).
 
     ids = render(SEM, question, tokenizer)             # the prompt, through the tokenizer's own chat template
@@ -34,7 +34,7 @@ class Template:
     boxed: bool = False  # the answer stands in \boxed{} inside the answer tags
     raw: bool = False  # there are no tags: the whole text is the answer
     self_search: bool = False  # the model writes the results itself; these tokens are not trained on
-    answer_ends: bool = False  # </answer> ends the episode, as an end token does
+    answer_ends: bool = False  # </answer> ends the episode
     reminder: str = ""  # reminder after a turn without query and answer; empty: that turn ends the episode
 
     @property

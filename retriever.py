@@ -198,8 +198,7 @@ class BM25:
 
 
 class RetrieverError(RuntimeError):
-    """The search failed, as opposed to finding nothing. The message is one line: the address and the
-    reason."""
+    """The search failed, as opposed to finding nothing. The message is one line that says where and why."""
 
 
 class Remote:

@@ -26,8 +26,8 @@ Every episode ends for one of these reasons (`Episode.stop`):
     length          token or context budget    bad_query   an empty query, or </search> without <search>
     search_failed   the retriever failed      answer      </answer>, if `Template.answer_ends`
 
-A call of the retriever that fails ends all episodes with a query in it. This says nothing about the policy,
-so they get no reward, and are in no group, loss or metric of the policy (grpo.train_step,
+If a call of the retriever fails, every episode with a query in that call ends. This says nothing about the
+policy, so these episodes get no reward, and are in no group, loss or metric of the policy (grpo.train_step,
 measures.step_metrics).
 
 Sampling is softmax(logits / temperature) over the tokenizer's vocabulary and nothing else: no top-k, no
@@ -99,8 +99,9 @@ def rollout(
     max_searches    Results and reminders that the environment adds to an episode at most. Where the model
                     writes its own results (`template.self_search`) and there is a retriever, that many of
                     them are replaced by real ones (Sim2Real of SSRL, arXiv 2508.10874).
-    entropy_guided  A real result replaces only the first one, and those whose query is less certain than the
-                    query before (SSRL).
+    entropy_guided  Only some results that the model would write itself are replaced by real ones: the first,
+    and
+                    each whose query is less certain than the query before it (SSRL).
     slots           Rows that are sampled at once, in whole groups; default: all.
     cuda_graphs     On a GPU, decode steps are CUDA graphs.
     force_search    Adds <search> after the first answer, or after the first thought where the template has

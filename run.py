@@ -22,9 +22,10 @@ functions of (seed, step). A checkpoint holds the fp32 weights and the whole sta
 loaded from the start model, never from a checkpoint. Sizes that depend on free memory are computed once and
 stored in run.json.
 
-Resuming is not exact in three cases. A GPU does not add in a fixed order. The answers of a remote retriever
-come at no fixed time, so other rows share a batch. And --rollout_slots, --micro_batch_tokens or
---gradient_checkpointing, if changed, change how sums are rounded; so does another number of threads.
+Resuming is not exact in four cases. A GPU does not add in a fixed order. The answers of a remote retriever
+come at no fixed time, so from run to run different rows share a batch, and sums are rounded differently. So
+are they with another --rollout_slots, --micro_batch_tokens, --gradient_checkpointing or number of threads.
+And with --simulator the documents themselves depend on which rows search together.
 """
 
 from __future__ import annotations
@@ -189,8 +190,8 @@ def with_toy_world(config: Config) -> Config:
 
 
 class Run:
-    """The settings, data sets, models and optimizer of a run. Of these training changes the weights, the
-    optimizer's state, and `step`, the number of finished steps."""
+    """The settings, data sets, models and optimizer of a run. Training changes only the weights, the
+    optimizer's state and `step`, the number of finished steps."""
 
     def __init__(self, config: Config):
         self.config, self.step, self.progress = config, 0, sys.stderr.isatty()
@@ -252,7 +253,7 @@ class Run:
             reserved = (14 if c.bf16 else 12) * parameters + (2 << 30)
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
         elif parameters < 1e7:
-            # a second thread saves a third of the time, but makes a busy machine several times slower
+            # a second thread saves some time, but on a busy machine it makes a step several times slower
             torch.set_num_threads(1)
         # rough estimates in bytes
         layer_factor = 4 if c.gradient_checkpointing else 80

@@ -198,7 +198,7 @@ class ModelRunner:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, H] -> logits [rows, vocab] fp32."""
         head = self.model.get_output_embeddings().weight
-        logits = hidden @ head.T  # of all columns: a number that is no multiple of 8 is slow on a GPU
+        logits = hidden @ head.T  # all columns, since an odd width is slow on a GPU; cut below
         return logits[:, : self.vocab_size].float()
 
     def draw(self, logits: torch.Tensor, u: list[float]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ The result is a directory of ordinary files, which grpo.py treats as it treats a
                     arithmetic.jsonl
     corpus.jsonl    every fact, known ones included
 
-    python toy.py --output_dir out/toy-world    # builds it; grpo.py without --model does so too
+    python toy.py --output_dir out/toy-world    # builds it; grpo.py without --model builds its own
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ It writes its tables into bench/RESULTS.md. Without a GPU only the table of the 
 On a CPU: one thread, CPU time, both sides take turns, and the best of the rounds counts. The logits are fresh
 before every turn, outside of its time. Memory is the peak of what torch allocates beyond the logits.
 
-On a GPU: the inputs are random bf16 numbers, drawn anew before every run and outside of its time, which also
-takes older data out of the cache. Times are from CUDA events, the median of several runs after two that do
-not count. Memory is the peak beyond the inputs, gradients included. Before anything is timed the kernel is
-compared with float64. Density is the share of tokens under the loss mask. Ours gathers their rows first, in
-the measured time. The others get the mask: plain torch multiplies by it, Liger skips work in masked rows,
-cut-cross-entropy leaves them out.
+On a GPU: the inputs are random bf16 numbers, drawn anew before every run and outside of its time, which
+also takes older data out of the cache. Times are from CUDA events, the median of several runs after two
+that do not count. Memory is the peak beyond the inputs, gradients included. Before anything is timed the
+kernel is compared with float64. Density is the share of tokens whose loss mask is 1. From hidden states
+ours gathers their rows first, in the measured time; from logits it is given these rows alone. The others
+get the mask: plain torch multiplies by it, Liger skips work in rows whose mask is 0, cut-cross-entropy
+leaves them out.
 """
 
 import platform

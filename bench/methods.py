@@ -190,7 +190,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
 
 
 def cell(values: list[float | None]) -> str:
-    """The mean of the values, and their range if they differ in two digits."""
+    """The mean of the values, and their range if they differ after rounding to two decimals."""
     values = [v for v in values if v is not None]
     if not values:
         return "-"

@@ -95,8 +95,8 @@ def grpo_loss_from_logits(
 
 
 def token_loss(logp, old_logps, ref_logps, advantages, epsilon, epsilon_high, beta):
-    """The objective of each token, surrogate + beta kl, its derivative by logp, kl, and whether the clip is
-    active. Arguments and results are [N] fp32."""
+    """Four results: the objective of each token (surrogate + beta kl), d objective / d logp, the kl, and
+    whether the clip is active. Arguments and results are [N] fp32."""
     gap = logp - old_logps
     ratio = gap.clamp(-20, 20).exp()
     unclipped, bounded = ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
