@@ -99,9 +99,8 @@ def rollout(
     max_searches    Results and reminders that the environment adds to an episode at most. Where the model
                     writes its own results (`template.self_search`) and there is a retriever, that many of
                     them are replaced by real ones (Sim2Real of SSRL, arXiv 2508.10874).
-    entropy_guided  Only some results that the model would write itself are replaced by real ones: the first,
-    and
-                    each whose query is less certain than the query before it (SSRL).
+    entropy_guided  Of the results that the model would write itself, only these are replaced by real ones:
+                    the first, and each whose query is less certain than the query before it (SSRL).
     slots           Rows that are sampled at once, in whole groups; default: all.
     cuda_graphs     On a GPU, decode steps are CUDA graphs.
     force_search    Adds <search> after the first answer, or after the first thought where the template has
