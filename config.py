@@ -30,8 +30,8 @@ class Config:
 
     SEM publishes GRPO, 200 steps, a balanced mix of MuSiQue and MMLU, and Qwen2.5-7B-Instruct. Most of what
     it does not publish has the value of ReSearch (arXiv 2503.19470, table 4), whose tags and metrics it
-    shares. Where a value comes from a paper or is our choice, the comment says so in brackets. All methods
-    have the same defaults, so that two runs differ in the method alone."""
+    shares. Where a value comes from a paper, the comment names it in brackets; the other values are our
+    choice. All methods have the same defaults, so that two runs differ in the method alone."""
 
     # what is trained, how, on what
     method: str = "sem"  # sem, ssrl, search-r1, research, zerosearch: prompt, reward, who writes the results
@@ -60,7 +60,7 @@ class Config:
     noise_end: float = 0.5  # zerosearch: share of noisy results at the end (ZeroSearch)
     # reward
     tau: float = 0.5  # sem: F1 from which the first answer counts as right (not published; our choice)
-    sem_kept: float | None = None  # sem: a right draft, then a search earns (1 - this) F1(a2); none: 0 (SEM)
+    sem_kept: float | None = None  # sem: share of F1(a2) that a search after a right draft costs (SEM: all)
     # objective
     beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
     epsilon: float = 0.2  # lower clip of the ratio (ReSearch)

@@ -105,7 +105,8 @@ def load(spec: str, split: str = "train") -> list[Question]:
     `split` (train, dev or test) selects files in a folder or on the hub; it is ignored where the path is a
     file. For a data set without a val split, val and validation mean dev. For data sets whose test answers
     are not public (MuSiQue, HotpotQA, 2Wiki), test means dev. The train split of MMLU is its
-    auxiliary_train; in a folder without that it is val, else dev, but never test.
+    auxiliary_train; in a folder without that it is val, else dev, else the CSV files of the folder itself,
+    but never those of its folder test.
 
     Raises InputError, one line that names the file and the line or row, for every mistake in the data."""
     name, parse, path = _resolve(spec)
@@ -155,7 +156,8 @@ def _flashrag(row, n):
 
 
 def _musique(row, n):
-    answers = [row["answer"]] + row["answer_aliases"]  # not *: `+` raises if the aliases are a text
+    # If the aliases are one text, `+` raises TypeError, while [.., *aliases] would split it into letters.
+    answers = [row["answer"]] + row["answer_aliases"]
     return row["id"], row["question"], answers, None
 
 

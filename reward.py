@@ -53,9 +53,9 @@ from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, Template
 #   HotpotQA, 2WikiMultihopQA   SQuAD's normaliser. F1 is 0 if one side is yes, no or noanswer and the other
 #                               side differs. The script of 2Wiki also accepts aliases from another file,
 #                               which is not read here.
-#   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, and the best score over all golds. The script of NQ first
-#                               separates accents from letters (NFD). Here an accent that is a character by
-#                               itself does not match a letter that contains it.
+#   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, and the best score over all golds. The script of NQ also
+#                               separates accents from letters (NFD). That is not done here, so an accented
+#                               letter in one character does not match the same letter in two.
 #   TriviaQA                    the same, but punctuation, and ‘ ’ and ´, becomes a blank
 #   GSM8K                       the number, without commas, compared as text. The official rule reads what
 #                               follows ####; here it is the only number of the answer. F1 is EM.

@@ -1,14 +1,15 @@
 """Batched sampling through the search loop: questions in, episodes out. Each episode keeps exactly the token
 ids that were sampled. There is no call of `generate`, and no text is tokenised or prefilled a second time.
 
-The picture shows two groups of two rows and a cache with two slots. Time runs to the right, not to scale.
+The picture shows two groups of two rows (0 and 1, 2 and 3) and a cache with two slots. Time runs to the
+right, not to scale.
 
     row 0   PPPP think.. answer.. search.. ~~~~~~~~~~~ RRRR think.. answer.. <eos>
     slot    0000 0000000000000000000000000 11111111111 1111 0000000000000000000000
     mask    0000 1111111111111111111111111             0000 1111111111111111111111
     row 1   pppp think.......... answer.......... <eos>
     slot    1111 1111111111111111111111111 00000000000
-    row 2                                               (waits until both slots are free)
+    rows 2, 3                                           (they wait until both slots are free)
 
     P  a prompt, prefilled once for the group      p  its copy, from the slot of row 0
     R  a search result, appended by a prefill      ~  the row waits; it has left slot 0 to a row that decodes

@@ -22,10 +22,11 @@ functions of (seed, step). A checkpoint holds the fp32 weights and the whole sta
 loaded from the start model, never from a checkpoint. Sizes that depend on free memory are computed once and
 stored in run.json.
 
-Resuming is not exact in four cases. A GPU does not add in a fixed order. The answers of a remote retriever
-come at no fixed time, so from run to run different rows share a batch, and sums are rounded differently. So
-are they with another --rollout_slots, --micro_batch_tokens, --gradient_checkpointing or number of threads.
-And with --simulator the documents themselves depend on which rows search together.
+Resuming is not exact in four cases. First, a GPU does not add in a fixed order. Second, the answers of a
+remote retriever come at no fixed time, so from run to run different rows share a batch, and sums are rounded
+differently. Third, sums are also rounded differently if --rollout_slots, --micro_batch_tokens,
+--gradient_checkpointing or the number of threads changes. Fourth, with --simulator the documents themselves
+depend on which rows search together.
 """
 
 from __future__ import annotations

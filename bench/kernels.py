@@ -372,9 +372,9 @@ def main():
 
 `python bench/kernels.py`, {date.today()}, Python {platform.python_version()}, torch {torch.__version__}.
 
-On a CPU, the plain-torch version of the kernel: from {CPU_ROWS} rows of {VOCAB:,} given logits to loss,
-entropy and dlogits, beside log_softmax in fp32, gather and entropy with autograd. CPU time, one thread, the
-best of {ROUNDS} turns; MB at the peak beyond the logits.
+On a CPU: the input is {CPU_ROWS} rows of {VOCAB:,} logits, the output is the loss, the entropy and the
+gradient at the logits. Ours is kernels/reference.py; the peer is log_softmax in fp32, gather and entropy with
+autograd. CPU time, one thread, the best of {ROUNDS} turns; MB at the peak beyond the logits.
 
 {table(rows)}
 

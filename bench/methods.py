@@ -242,9 +242,10 @@ def main(config: Config):
     version = torch.__version__.partition("+")[0]
     note = (
         f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
-        f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. Mean over the seeds, in "
-        f"brackets their range; those of the happy and the shy base are from the seeds {config.habit_seeds} "
-        "alone. Own reward: the mean of 1,024 sampled episodes on the training questions."
+        f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. A cell is the mean over "
+        "the seeds, with the range in brackets. The rows with a happy or a shy base model (explained below) "
+        f"have the seeds {config.habit_seeds} alone. Own reward: the mean of 1,024 sampled episodes on the "
+        "training questions."
     )
     results.write("methods", f"## The methods in the toy world\n\n{tables}\n\n{note}")
 

@@ -240,7 +240,8 @@ def main():
     text = f"""## One GRPO step: ours beside TRL's GRPOTrainer
 
 `python bench/step.py`, {date.today()}, {machine}.
-Seconds a step, the median of {TIMED} (in brackets: the middle half), in turns of {BLOCK} steps. A Qwen2 of
+Seconds a step: the median of {TIMED} steps (in brackets: the middle half). The two sides alternate every
+{BLOCK} steps. A Qwen2 of
 {weights:.2f} M weights, {PROMPTS} prompts of {PROMPT_TOKENS} tokens x {GROUP} episodes, fp32, with a
 reference model. Equal episodes have {EQUAL} tokens. Ragged ones end by chance, or after {RAGGED}: TRL
 samples on until the last one ends, and pads all to its length.

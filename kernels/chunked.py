@@ -6,8 +6,8 @@
 
 The three products are calls of torch. Beyond the inputs and their gradients, the memory is one chunk of
 logits, a few numbers for each row, and with bf16 hidden states a bf16 copy of the head (and a second [V, H]
-where `add_product` cannot add in place). It does not grow with N. Both gradients are computed in the forward
-pass, while the logits are there, and the backward pass returns them.
+where `add_product` cannot add in place). Both gradients are computed in the forward pass, while the logits
+are there, and the backward pass returns them.
 """
 
 from __future__ import annotations
