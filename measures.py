@@ -79,7 +79,7 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
     if "f1_a1" in first:
         suspects, searched = sandbag_suspects(groups, tau)
         metrics["sandbag_suspects"] = suspects / searched if searched else 0.0
-    if episodes[0].template.self_search:  # these searches are not in tools/call_frequency
+    if episodes[0].template.self_search:  # these are not in call_frequency and search_ratio
         metrics["tools/self_searches"] = sum(parse_episode(e).shape.count("S") for e, _ in counted) / n
     for source in sorted({e.question.source for e, _ in counted}):
         of_source = [e for e, _ in counted if e.question.source == source]

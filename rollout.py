@@ -316,7 +316,8 @@ class SearchLoop:
 
         A token can hold more than the end of a tag: ">." is one token of Qwen2.5. Such a token stays in the
         episode as it was sampled, and is trained on; the reply follows it. What it holds after the tag is no
-        part of the query, and reward.parse_episode does not count it as a mistake."""
+        part of the query, and reward.parse_episode does not count it as a mistake. (`completes` notices the
+        tag, `handle_query` reads the query, `serve` feeds the token together with the reply.)"""
         t = self.template
         if t.self_search:
             self.mask_result(row)
