@@ -185,8 +185,8 @@ def check_writable(path: Path, flag: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that a mistake is one line without the usage before it, and that the beginning of a
-    flag is not taken for the flag."""
+    """argparse, except that a mistake is one line without the usage before it, and that flags cannot be
+    abbreviated."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)

@@ -46,8 +46,8 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
     the reward of episode i returned, and empty if its search failed.
 
     An episode whose search failed says nothing about the policy, so it enters no figure of this function
-    except tools/failure_frequency. Lengths and num_tokens, which is of this step alone, count policy
-    tokens."""
+    except tools/failure_frequency. Lengths and
+    num_tokens count policy tokens; num_tokens is that of this step."""
     counted = [(e, p) for e, p in zip(episodes, parts, strict=True) if p]
     n = max(1, len(counted))
     lengths = [e.policy_tokens for e, _ in counted]
@@ -193,7 +193,7 @@ FIGURES: dict[str, tuple[str, Callable]] = {  # the other measures: definition, 
     "f1": ("token F1", lambda rs: mean(r.f1 for r in rs)),
     "searches": ("searches per question", lambda rs: mean(r.searches for r in rs)),
     "tokens": ("policy tokens per question", lambda rs: mean(r.tokens for r in rs)),
-    "f1_aware": ("F1 of the decision not to search against known (AdaSearch, arXiv 2512.16883)", f1_aware),
+    "f1_aware": ("F1 of not searching, which is right for known (AdaSearch, arXiv 2512.16883)", f1_aware),
     "tool_productivity": ("right answers / searches (OTC, arXiv 2504.14870)", tool_productivity),
 }
 

@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer from a directory or the hub, and checks that this code handles it right.
 
 `load_model` refuses a checkpoint that is incomplete. `check_prompts` refuses prompts that do not fit. `probe`
-refuses a model that the cache of the sampler or the loss would get wrong. All of them say why in one line,
+refuses a model that the sampler's cache, or the loss, would get wrong. All of them say why in one line,
 before anything is trained. How tokens are sampled is in runner.py.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")

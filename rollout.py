@@ -31,9 +31,9 @@ If a call of the retriever fails, every episode with a query in that call ends. 
 policy, so these episodes get no reward, and are in no group, loss or metric of the policy (grpo.train_step,
 measures.step_metrics).
 
-Sampling is softmax(logits / temperature) over the tokenizer's vocabulary and nothing else: no top-k, no
-penalty, and of a checkpoint's generation_config only the end tokens. Each row has its own stream of random
-numbers, keyed by (seed, step, row), with one number for each token.
+Sampling is softmax(logits / temperature) over the tokenizer's vocabulary and nothing else: no top-k and
+no penalty. From a checkpoint's generation_config only the end tokens are used. Each row has its own stream of
+random numbers, keyed by (seed, step, row), with one number for each token.
 
     episodes = rollout(model, tokenizer, SEM, questions, group_size=8, retriever=BM25(docs))
 """
@@ -97,7 +97,7 @@ def rollout(
                     RetrieverError. With the attribute `simulates` it gets the questions as a third argument;
                     with `remote` it is called in a thread while the other rows go on. Without a retriever
                     any search is beyond the budget.
-    max_searches    Results and reminders that the environment adds to an episode at most. Where the model
+    max_searches    The most results and reminders, together, that an episode may get. Where the model
                     writes its own results (`template.self_search`) and there is a retriever, that many of
                     them are replaced by real ones (Sim2Real of SSRL, arXiv 2508.10874).
     entropy_guided  Of the results that the model would write itself, only these are replaced by real ones:

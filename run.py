@@ -16,11 +16,11 @@ The directory (--output_dir) holds
     eval.json            the evaluation before and after training
     *.safetensors, ...   the final weights: the directory itself is a Hugging Face directory
 
-Resuming is exact on a CPU: N steps give the same weights and metrics (but times), bit for bit, as k steps, a
-stop, and the other N - k steps. This rests on four things. The questions and the random numbers of a step are
-functions of (seed, step). A checkpoint holds the fp32 weights and the whole state of AdamW. The reference is
-loaded from the start model, never from a checkpoint. Sizes that depend on free memory are computed once and
-stored in run.json.
+Resuming is exact on a CPU: a run of N steps that was stopped and resumed has the same weights and metrics,
+except times, bit for bit, as one that was never stopped. This rests on four things. The questions and the
+random numbers of a step are functions of (seed, step). A checkpoint holds the fp32 weights and the whole
+state of AdamW. The reference is loaded from the start model, never from a checkpoint. Sizes that depend on
+free memory are computed once and stored in run.json.
 
 Resuming is not exact in four cases. First, a GPU does not add in a fixed order. Second, the answers of a
 remote retriever come at no fixed time, so from run to run different rows share a batch, and sums are rounded
@@ -284,8 +284,8 @@ class Run:
         """Checks the disk space and writes run.json. With --resume it loads the newest checkpoint. At step 0
         it evaluates the start model."""
         config = self.config
-        # 12 bytes a parameter for each checkpoint (fp32 weights, two moments), where one more than the limit
-        # exists during a save, and 4 for the final weights
+        # A checkpoint takes 12 bytes a parameter (fp32 weights, two moments), and during a save there is one
+        # more than the limit. The final weights take 4.
         to_come = config.save_total_limit + 1 - len(checkpoints(self.out))
         space = (12 * max(1, to_come) + 4) * sum(p.numel() for p in self.model.parameters())
         if (free := shutil.disk_usage(check_writable(self.out, "--output_dir")).free) < space:

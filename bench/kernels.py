@@ -355,6 +355,7 @@ From given logits, bf16, V = {VOCAB:,}: time and memory beyond the logits.
 {table(first)}
 
 From hidden states, bf16, V = {VOCAB:,}, forward and both gradients: time and memory beyond the inputs.
+Density is the share of tokens whose loss mask is 1. "Three products" are the matrix products alone.
 
 {table(second)}"""
 

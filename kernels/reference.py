@@ -72,7 +72,7 @@ def grpo_loss_from_logits(
         y = target[rows, None]
         z, e = work[:, : rows.stop - i]  # [rows, vocab] each
         z.copy_(logits[rows, :vocab])  # fp32 from here on
-        z -= z.amax(1, keepdim=True)  # before the temperature: exact near the maximum
+        z -= z.amax(1, keepdim=True)  # before dividing, since near the maximum the difference is exact
         z.clamp_(min=FLOOR)
         if temperature != 1:
             z /= temperature

@@ -3,8 +3,8 @@ in reference.py; the comments here name the formula of each line and what is par
 
 Each row is read twice. The first visit reads it from memory (2V bytes in bf16) and computes all results. The
 second visit reads it again, as far as possible from the cache, and writes the gradient in place (2V bytes). A
-loss kernel followed by a backward kernel would move 6V bytes, because between its two readings of a row it
-reads all others.
+loss kernel and then a backward kernel would move 6V bytes: between the two readings of a row all other rows
+are read, so the second reading is from memory too.
 """
 
 from __future__ import annotations
