@@ -242,8 +242,9 @@ def main():
 `python bench/step.py`, {date.today()}, {machine}.
 Seconds a step: the median of {TIMED} steps (in brackets: the middle half). The two sides alternate every
 {BLOCK} steps. A Qwen2 of {weights:.2f} M weights, {PROMPTS} prompts of {PROMPT_TOKENS} tokens each,
-{GROUP} episodes for each prompt, fp32, with a reference model. Equal episodes have {EQUAL} tokens. Ragged ones end by chance, or after {RAGGED}: TRL
-samples on until the last one ends, and pads all to its length.
+{GROUP} episodes for each prompt, fp32, with a reference model. Equal episodes have {EQUAL} tokens.
+Ragged ones end by chance, or after {RAGGED}: TRL samples on until the last one ends, and pads all to its
+length.
 
 {table}"""
     print(text)
