@@ -46,7 +46,7 @@ from simulator import noise_share
 # for the rounding of a reference in bf16. With loss_type grpo every episode has the same total weight, and
 # the advantages of a group sum to 0, so the first sum is 0. With dapo and dr_grpo a long episode weighs more
 # than a short one, so it is not 0. In all three cases the gradient trains the policy: at each token it is -A
-# times the gradient of log p_now, and these gradients do not cancel.
+# times the gradient of log p_now (times its scale), and these gradients do not cancel.
 
 
 def advantages(rewards: torch.Tensor, counted: torch.Tensor, loss_type: str) -> torch.Tensor:
@@ -173,10 +173,11 @@ def update(
     """Makes `num_iterations` optimizer steps on one batch of episodes, each on all its micro-batches. A step
     whose gradient is not finite is left out. Returns metrics.
 
-    The old log-probs are those before the first update. The first iteration computes them, because all its
-    micro-batches see the same weights. The log-probs of the sampler are not used in their place: it computes
-    them along another path (through the cache, on a GPU in bf16), so its rounding would enter every ratio,
-    and a ratio that should be 1 would not be. How far the two are apart is logged as sampler_logp_diff.
+    The old log-probs are those before the first update. They need no pass of their own: the weights do not
+    change during the first iteration, so its log-probs are the old ones. The log-probs of the sampler are not
+    used in their place: it computes them along another path (through the cache, on a GPU in bf16), so its
+    rounding would enter every ratio, and a ratio that should be 1 would not be. How far the two are apart is
+    logged as sampler_logp_diff.
 
     The metrics of the first iteration have plain names (loss, grad_norm, entropy, kl, clip_ratio/*,
     sampler_logp_diff/*), those of iteration 2 begin with iteration_2/, and so on."""

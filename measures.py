@@ -91,7 +91,7 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
 def sandbag_suspects(groups: list[list[dict[str, float]]], tau: float = 0.5) -> tuple[int, int]:
     """(suspects, searched) from the parts of SEM's reward, group by group. `searched` counts the episodes
     that searched although another episode of their group earned a reward without a search; `suspects` counts
-    those of them whose draft is wrong (ours).
+    those of them whose draft is wrong. This measure is ours.
 
     The share suspects / searched rises if a policy learns to write junk drafts in order to search."""
     suspects = searched = 0
@@ -117,7 +117,7 @@ class Record:
     tokens: int  # policy tokens
     draft: bool | None = None  # the first answer has F1 >= tau; None: the method has no drafts
     known: bool | None = None  # right in the closed-book pass, see prompts.DIRECT
-    known_base: bool | None = None  # right in the closed-book pass of the model of --known
+    known_base: bool | None = None  # right closed-book for the base model, by the eval.json of --known
     forced: bool | None = None  # right in the pass in which a search is forced
     judged: bool | None = None  # right for the judge; None also where the judge gave no verdict
     sampled: list[bool] | None = None  # right, for each sampled episode
@@ -145,7 +145,7 @@ SHARES = {
         "P(searched | known): QOR of SAAS (arXiv 2605.29796)", lambda r: r.known, lambda r: r.searched
     ),
     "over_search_base": Share(
-        "P(searched | known to the model of --known)", lambda r: r.known_base, lambda r: r.searched
+        "P(searched | known to the base model, by --known)", lambda r: r.known_base, lambda r: r.searched
     ),
     "under_search": Share(
         "P(not searched | not known, but right when forced to search): ours",
@@ -193,7 +193,7 @@ FIGURES: dict[str, tuple[str, Callable]] = {  # the other measures: definition, 
     "f1": ("token F1", lambda rs: mean(r.f1 for r in rs)),
     "searches": ("searches per question", lambda rs: mean(r.searches for r in rs)),
     "tokens": ("policy tokens per question", lambda rs: mean(r.tokens for r in rs)),
-    "f1_aware": ("F1 of not searching, which is right for known (AdaSearch, arXiv 2512.16883)", f1_aware),
+    "f1_aware": ("F1 of not searching as the sign of known (AdaSearch, arXiv 2512.16883)", f1_aware),
     "tool_productivity": ("right answers / searches (OTC, arXiv 2504.14870)", tool_productivity),
 }
 

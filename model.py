@@ -135,7 +135,8 @@ def probe(model, tokenizer, max_len: int):
         )
     head = model.get_output_embeddings()
     gap = (hidden @ head.weight.T - plain.logits).abs().max().item()
-    # by their attributes too, because a small bias, or a cap far above small logits, is within the tolerance
+    # The attributes are checked too: the gap of a small bias, or of a cap far above the logits, would be
+    # within the tolerance.
     changed = getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None)
     if changed or gap > tolerance * plain.logits.abs().max().item():
         raise InputError(

@@ -110,8 +110,8 @@ class BM25:
 
     idf="plus1" (the default) is Lucene's: log(1 + (N - n + .5) / (n + .5)). It is positive for every word and
     falls with n. idf="okapi" is rank_bm25's: log((N - n + .5) / (n + .5)), and where that is negative, a
-    quarter of the mean idf. With "okapi" the frequent words of a small corpus can get an idf of 0 or less, so
-    nothing is found by them. In a large corpus the quarter of the mean
+    quarter of the mean idf. In a small corpus that mean can itself be 0 or
+    less, so nothing is found by its frequent words. In a large corpus the quarter of the mean
     gives "the" a higher idf than some rarer words.
 
     With idf="okapi" the scores are bit for bit those of BM25Okapi.get_scores. They are computed faster,

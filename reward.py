@@ -55,7 +55,7 @@ from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, Template
 #                               which is not read here.
 #   MuSiQue, NQ, Bamboogle      SQuAD's normaliser, and the best score over all golds. The script of NQ also
 #                               separates accents from letters (NFD). That is not done here, so an accented
-#                               letter in one character does not match the same letter in two.
+#                               letter that is one character does not match letter plus accent.
 #   TriviaQA                    the same, but punctuation, and ‘ ’ and ´, becomes a blank
 #   GSM8K                       the number, without commas, compared as text. The official rule reads what
 #                               follows ####; here it is the only number of the answer. F1 is EM.

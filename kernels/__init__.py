@@ -23,8 +23,8 @@ def grpo_loss_from_logits(logits, target, old_logps, ref_logps, advantages, scal
     """The loss of rows of logits, and their gradient in place: see reference.grpo_loss_from_logits.
 
     Tensors on a GPU go to the Triton kernel if triton is installed, others to plain torch. With
-    TRITON_INTERPRET=1 in the environment these go to the kernel too, in Triton's interpreter, which is slow
-    but can be debugged."""
+    TRITON_INTERPRET=1 in the environment CPU tensors go to the kernel too, in Triton's interpreter, which is
+    slow but can be debugged."""
     if os.environ.get("TRITON_INTERPRET") == "1" or (logits.is_cuda and find_spec("triton")):
         from kernels.triton_loss import grpo_loss_from_logits as run  # here: a CPU needs no triton
     else:

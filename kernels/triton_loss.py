@@ -64,10 +64,10 @@ def _visit_row(
     # This is read first, because the gradient will replace it. A wrong id must not read another row's logit.
     z_y = tl.load(logits + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
 
-    # First visit. exp(z / temperature) is 2^(z unit), with unit = log2(e) / temperature, and 2^x is an
-    # instruction of the hardware. Over the columns so far, top = max z unit, and with d = z unit - top, total
-    # = sum 2^d and moment = sum d 2^d. If a block has a higher maximum, every earlier d changes by the same
-    # shift, so total becomes 2^shift total, and moment becomes 2^shift (moment + shift total).
+    # First visit. exp(z / temperature) is 2^(z * unit), with unit = log2(e) / temperature, and 2^x is an
+    # instruction of the hardware. Over the columns so far, top = max z * unit, and with d = z * unit - top,
+    # total = sum 2^d and moment = sum d 2^d. If a block has a higher maximum, every earlier d changes by the
+    # same shift, so total becomes 2^shift total, and moment becomes 2^shift (moment + shift total).
     unit = LOG2E / temperature
     top, total, moment = FLOOR, 0.0, 0.0
     ahead = _load(logits, 0, vocab, BLOCK)
@@ -133,7 +133,8 @@ def _visit_row(
 @triton.jit
 def _load(logits, start, vocab, BLOCK: tl.constexpr):
     """[BLOCK] logits, and -inf beyond the vocabulary. A whole block is loaded without a mask, because a mask
-    costs two instructions for each logit, and a load with an odd mask reads single logits, not 16 bytes."""
+    costs two instructions for each logit, and a load whose mask can end at any logit reads logits one by
+    one."""
     ids = start + tl.arange(0, BLOCK)
     if start + BLOCK <= vocab:
         z = tl.load(logits + ids)
