@@ -39,6 +39,7 @@ from prompts import COT, DIRECT, RAG, Template, encode_foreign
 from retriever import RetrieverError, open_retriever
 from reward import METHODS, f1, parse_episode
 from rollout import detokenize, rollout
+from runner import ModelRunner
 
 
 @dataclass
@@ -291,12 +292,15 @@ def main(config: Config, given: set[str] = frozenset()):
     longest = check_prompts(model, tokenizer, template, [q for rows in sets.values() for q in rows])
     probe(model, tokenizer, longest + config.max_completion_length)
 
+    length = longest + config.max_completion_length
+    runner = ModelRunner(model, len(tokenizer), config.batch_size, length, config.cuda_graphs)
+
     output = Path(config.output)
     transcripts = Transcripts(output.with_name(output.stem + "_transcripts.jsonl"))
     records = evaluate(
         model, tokenizer, template, sets, retriever, closed_book=closed_book,
         force=config.baseline == "always", samples=config.samples, tau=config.tau, log=transcripts.log,
-        slots=config.batch_size, cuda_graphs=config.cuda_graphs, max_searches=max_searches,
+        slots=config.batch_size, runner=runner, max_searches=max_searches,
         entropy_guided=real == "entropy", topk=config.topk, max_doc_tokens=config.max_doc_tokens,
         max_completion_length=config.max_completion_length,
     )  # fmt: skip

@@ -239,7 +239,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
     episodes = rollout(
         run.sampling_model, run.tokenizer, run.method.template, questions, group_size=size,
         retriever=run.train_retriever, temperature=config.temperature, seed=config.seed, step=run.step,
-        slots=config.rollout_slots, cuda_graphs=config.cuda_graphs, counts=counts,
+        slots=config.rollout_slots, runner=run.runner, counts=counts,
         progress="rollout" if run.progress else None, **config.budget(),
     )  # fmt: skip
     sampled = time.perf_counter()

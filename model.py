@@ -112,12 +112,14 @@ def probe(model, tokenizer, max_len: int):
         plain = model(input_ids=ids)
         hidden = model.base_model(input_ids=ids).last_hidden_state
         cache = SlotCache(model.config, 2, 8, model.device, model.dtype)
-        # two ragged prefills: of 5 and 3 tokens, then of 2 and 4 more
-        lengths, both = torch.tensor([5, 3], device=model.device), torch.tensor([0, 1], device=model.device)
-        first, second = torch.arange(5, device=model.device), torch.arange(4, device=model.device)
-        step_hidden(model, cache, both, ids[:, :5], first.expand(2, 5), lengths - 1, 5)
-        rest = torch.stack([ids[0, [5, 6, 6, 6]], ids[1, 3:]])
-        ours = step_hidden(model, cache, 2, rest, lengths[:, None] + second, torch.full_like(lengths, 6), 7)
+        # two ragged prefills, of 4 and 2 tokens and then of 2 and 4 more, and a decode step of one token
+        lengths, both = torch.tensor([4, 2], device=model.device), torch.tensor([0, 1], device=model.device)
+        place = torch.arange(4, device=model.device)
+        step_hidden(model, cache, both, ids[:, :4], place.expand(2, 4), lengths - 1, 4)
+        rest = torch.stack([ids[0, [4, 5, 5, 5]], ids[1, 2:6]])
+        ours = step_hidden(model, cache, 2, rest, lengths[:, None] + place, torch.full_like(lengths, 5), 6)
+        last = torch.full_like(lengths, 6)
+        after = step_hidden(model, cache, 2, ids[:, 6:], last[:, None], last, 8)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise InputError(
             f"{config.model_type}: cannot be sampled through the slot cache: {first_line(error)}"
@@ -126,10 +128,8 @@ def probe(model, tokenizer, max_len: int):
         model.train(was_training)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     scale = hidden.abs().max().item()
-    if (
-        max((ours[0, :2] - hidden[0, 5:]).abs().max().item(), (ours[1] - hidden[1, 3:]).abs().max().item())
-        > tolerance * scale
-    ):
+    pairs = (ours[0, :2], hidden[0, 4:6]), (ours[1], hidden[1, 2:6]), (after, hidden[:, 6:])
+    if not max((a - b).abs().max().item() for a, b in pairs) <= tolerance * scale:
         raise InputError(
             f"{config.model_type}: attention through the slot cache differs from a plain forward pass"
         )

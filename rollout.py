@@ -54,7 +54,7 @@ from tqdm import tqdm
 from data import Episode, InputError, Question, Segment
 from prompts import Template, encode_result, render
 from retriever import RetrieverError
-from runner import ModelRunner, SlotCache
+from runner import ModelRunner
 
 # Decode steps between two looks at the rows that wait: one search for several rows is cheaper than one for
 # each. It is a number of steps and not a time, so that runs can be repeated.
@@ -86,7 +86,7 @@ def rollout(
     model, tokenizer, template: Template, questions: list[Question], *,
     group_size: int = 1, retriever=None, topk: int = 3, max_searches: int = 4,
     max_completion_length: int = 1024, max_doc_tokens: int = 512, temperature: float = 1.0,
-    seed: int = 0, step: int = 0, slots: int | None = None, cuda_graphs: bool = True,
+    seed: int = 0, step: int = 0, slots: int | None = None, runner: ModelRunner | None = None,
     force_search: bool = False, entropy_guided: bool = False,
     counts: dict | None = None, progress: str | None = None,
 ) -> list[Episode]:  # fmt: skip
@@ -103,7 +103,8 @@ def rollout(
     entropy_guided  Of the results that the model would write itself, only these are replaced by real ones:
                     the first, and each whose query is less certain than the query before it (SSRL).
     slots           Rows that are sampled at once, in whole groups; default: all.
-    cuda_graphs     On a GPU, decode steps are CUDA graphs.
+    runner          What runs `model`, with its cache and its CUDA graphs, kept from an earlier rollout;
+                    default: a new one.
     force_search    Adds <search> after the first answer, or after the first thought where the template has
                     no draft. These tokens are not the policy's.
     counts          A dict whose prefill_tokens and decode_tokens are increased by what the model was fed.
@@ -118,14 +119,12 @@ def rollout(
             rows.append(Row(Episode(question, prompt, template=template), tokens, uniforms))
     slots = min(len(rows), max(1, (slots or len(rows)) // group_size) * group_size)
     max_len = max((len(p) + tokens for p, tokens in zip(prompts, rooms, strict=True)), default=0)
-    cache = SlotCache(model.config, slots, max_len, model.device, model.dtype)
+    runner = runner or ModelRunner(model, len(tokenizer))
+    runner.prepare(slots, max_len, temperature)
     loop = SearchLoop(
         model=model, tokenizer=tokenizer, template=template, retriever=retriever, topk=topk,
         max_searches=max_searches, max_doc_tokens=max_doc_tokens, force_search=force_search,
-        entropy_guided=entropy_guided, cache=cache, table=[None] * slots,
-        runner=ModelRunner(
-            model, cache, len(tokenizer), temperature, cuda_graphs and model.device.type == "cuda"
-        ),
+        entropy_guided=entropy_guided, table=[None] * slots, runner=runner,
         bar=tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False),
     )  # fmt: skip
     was_training = model.training
@@ -154,7 +153,6 @@ class SearchLoop:
     max_doc_tokens: int
     force_search: bool
     entropy_guided: bool
-    cache: SlotCache
     table: list[Row | None]  # slot -> row
     runner: ModelRunner
     bar: tqdm
@@ -199,7 +197,7 @@ class SearchLoop:
         for part in split_by_tokens(groups):
             logits = self.prefill([slots[0] for slots, _ in part], [prompt for _, prompt in part])
             for slots, prompt in part:
-                self.cache.copy(slots[0], slots[1:], len(prompt))
+                self.runner.cache.copy(slots[0], slots[1:], len(prompt))
                 for slot in slots:
                     self.table[slot].length = len(prompt)
                 self.counts["prefill_tokens"] += len(prompt)
@@ -271,7 +269,7 @@ class SearchLoop:
         holes = [slot for slot in range(n) if not decoding[slot]]
         strays = [slot for slot in range(n, len(decoding)) if decoding[slot]]
         if holes:
-            self.cache.swap(holes, strays, max(row.length for row in self.table if row))
+            self.runner.cache.swap(holes, strays, max(row.length for row in self.table if row))
             for hole, stray in zip(holes, strays, strict=True):
                 self.table[hole], self.table[stray] = self.table[stray], self.table[hole]
         return n

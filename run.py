@@ -53,7 +53,7 @@ from measures import markdown, summary
 from model import check_prompts, load_model, probe
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
-from runner import kv_bytes
+from runner import ModelRunner, kv_bytes
 from simulator import CorpusSimulator, ModelSimulator
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,6 +224,8 @@ class Run:
             fused=True,
         )
         self.resolve_sizes(device, longest)
+        slots, length = self.config.rollout_slots, longest + config.max_completion_length
+        self.runner = ModelRunner(self.sampling_model, len(self.tokenizer), slots, length, config.cuda_graphs)
 
     def open_retrievers(self, device: str, dtype: torch.dtype):
         """Opens the retrievers of the evaluation and of the training. They differ in ZeroSearch alone, which
@@ -316,7 +318,7 @@ class Run:
             return
         records = evaluate(
             self.sampling_model, self.tokenizer, self.method.template, self.eval_sets, self.eval_retriever,
-            progress=self.progress, slots=self.config.rollout_slots, cuda_graphs=self.config.cuda_graphs,
+            progress=self.progress, slots=self.config.rollout_slots, runner=self.runner,
             **self.config.budget(),
         )  # fmt: skip
         self.tables[when] = {name: summary(rows) for name, rows in records.items()}

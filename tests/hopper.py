@@ -1,4 +1,4 @@
-"""Compiles the loss kernel for an H200 on a machine that has none, and prints properties of the result as one
+"""Compiles the kernels for an H200 on a machine that has none, and prints properties of the results as one
 line of JSON. It is a separate program, because a process with TRITON_INTERPRET=1 cannot compile.
 
     PYTHONPATH=. python tests/hopper.py
@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import triton_loss
+from kernels import attention, triton_loss
 
 
 class Hopper:
@@ -44,6 +44,17 @@ class WarmUp:
 
         return launch
 
+    def result(self) -> dict:
+        """Numbers of launches and of compilations, and what the last one uses: registers, bytes that did not
+        fit into them, and how it reads and writes global memory ({"v4.b32": 2} is twice 16 bytes at once)."""
+        accesses = re.findall(r"(?:ld|st)\.global\.(\S+)", self.compiled[-1].asm["ptx"])
+        return {
+            "launches": len(self.compiled),
+            "compilations": len({id(k) for k in self.compiled}),
+            "accesses": {kind: accesses.count(kind) for kind in accesses},
+            **usage(self.compiled[-1].asm["cubin"]),
+        }
+
 
 def usage(cubin: bytes) -> dict[str, int]:
     """How many registers a thread uses, and how many bytes did not fit into them."""
@@ -56,23 +67,44 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 
-def main():
-    triton.runtime.driver.set_active(Hopper())
-    launches = triton_loss._visit_row = WarmUp(triton_loss._visit_row)
+def loss() -> dict:
+    kernel = triton_loss._visit_row
+    launches = triton_loss._visit_row = WarmUp(kernel)
     vocab, options = 151_936, {"epsilon": 0.2, "epsilon_high": 0.3, "beta": 0.1}
     logits, target = torch.empty(50, vocab, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.int64)
     columns = [torch.zeros(100) for _ in range(4)]
     for n in range(1, 51):  # 1, odd n and multiples of 16; with an odd n the columns begin at odd addresses
         cut = [x[n : 2 * n] for x in (target, *columns)]
         triton_loss.grpo_loss_from_logits(logits[:n], *cut, **options)
-    kernel = launches.compiled[-1]
-    accesses = re.findall(r"(?:ld|st)\.global\.(\S+)", kernel.asm["ptx"])  # v4.b32: 16 bytes at once
-    result = {
-        "launches": len(launches.compiled),
-        "compilations": len({id(k) for k in launches.compiled}),
-        "accesses": {kind: accesses.count(kind) for kind in accesses},
-        **usage(kernel.asm["cubin"]),
-    }
+    triton_loss._visit_row = kernel
+    return launches.result()
+
+
+def decode(size: int, dtype: torch.dtype, rows: tuple[int, ...] = (8, 24, 256), group: int = 7) -> dict:
+    """The attention of `rows` rows each, at every number of splits that these have."""
+    kernels = attention._attend, attention._merge
+    launches, merges = attention._attend, attention._merge = WarmUp(kernels[0]), WarmUp(kernels[1])
+    cache = torch.empty(max(rows), 2, 2049, size, dtype=dtype)
+    for n in rows:
+        q, lengths = torch.empty(n, 2 * group, size, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+        attention.decode_attention(q, cache[:n, :, :2048], cache[:n, :, :2048], lengths)
+    attention._attend, attention._merge = kernels
+    result = launches.result()
+    all_of = [*launches.compiled, *merges.compiled]
+    return result | {
+        "spilled": sum(usage(k.asm["cubin"])["spilled"] for k in all_of),
+        "shared": max(k.metadata.shared for k in all_of),
+        "products": "wgmma" if "wgmma" in launches.compiled[-1].asm["ptx"] else
+        "mma.sync" if "mma.sync" in launches.compiled[-1].asm["ptx"] else "none",
+    }  # fmt: skip
+
+
+def main():
+    triton.runtime.driver.set_active(Hopper())
+    result = {"loss": loss()}
+    for size in (64, 80, 96, 128, 256):
+        result[f"attention {size}"] = decode(size, torch.bfloat16)
+    result["attention 256 fp32"] = decode(256, torch.float32, group=16)
     print(json.dumps(result))
 
 

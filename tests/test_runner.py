@@ -1,7 +1,8 @@
 """python -m pytest tests/test_runner.py
 
-CUDA graphs are tested on a GPU where there is one. Elsewhere a stand-in replays a step by running it again,
-and a second test checks that no operation of a step needs the host.
+CUDA graphs are tested on a GPU where there is one. A stand-in, which runs on any machine, replays a step by
+running it again, and a second test checks that no operation of a step needs the host. The attention kernel
+runs on the GPU or in Triton's interpreter.
 """
 
 import contextlib
@@ -11,21 +12,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rollout import SHAPES, Shelf, build, questions, words
+from test_kernels import attention as kernel  # made for the interpreter where there is no GPU
+from test_rollout import SHAPES, Shelf, build, questions, random_model, words
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-import rollout as module
+import runner as module
+from config import Config, parse
+from grpo import train_step
+from model import probe
 from prompts import SEM
 from rollout import rollout
-from runner import ModelRunner, SlotCache, round_up
+from run import Run, resolve
+from runner import ModelRunner, attend, round_up
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.cuda.is_available()
+gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
 class Graph:
     """Stands in for torch.cuda.CUDAGraph. A replay runs the recorded step again, and fills the recorded
-    tensors. With `noise` it draws other tokens, and with `fails` the recording raises an error."""
+    tensors. `noise` is added to a logit, and with `fails` the recording raises an error."""
 
     recording, made, noise, fails, stream = None, [], 0, False, None
 
@@ -35,7 +42,7 @@ class Graph:
     def replay(self):
         for old, new in zip(self.drawn, self.run(), strict=True):
             old.copy_(new)
-        self.drawn[0].add_(Graph.noise)
+        self.drawn[2][:, 0] += Graph.noise
 
     @staticmethod
     @contextlib.contextmanager
@@ -75,17 +82,17 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main stream")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(Graph, "stream", stream))
-    if not torch.cuda.is_available():
+    if not GPU:
         monkeypatch.setattr(PreTrainedModel, "device", property(lambda model: Device("cpu")))
 
 
-def sample(shape, **options):
-    model = build(shape, words()).to("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"slots": 9, "temperature": 1.0} | options
-    return rollout(
-        model, words(), SEM, questions(7), group_size=3, retriever=Shelf(), max_completion_length=90,
-        **options,
-    )  # fmt: skip
+def make(shape, **options):
+    return ModelRunner(build(shape, words()).to("cuda" if GPU else "cpu"), len(words()), **options)
+
+
+def sample(runner, n=7, **options):
+    options = {"slots": 9, "temperature": 1.0, "max_completion_length": 90, "group_size": 3} | options
+    return rollout(runner.model, words(), SEM, questions(n), retriever=Shelf(), runner=runner, **options)
 
 
 def content(episodes):
@@ -96,48 +103,97 @@ def content(episodes):
 @pytest.mark.parametrize("slots", [1, 9, 21])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_replayed_steps_are_the_eager_ones(graphs, shape, slots, temperature):
-    """The numbers of rows and of cache positions are rounded up, and the rows of padding have the slots of
-    other rows, which must not change."""
-    eager = sample(shape, slots=slots, temperature=temperature, cuda_graphs=False)
+    """The number of rows is rounded up, and the rows of padding have the slots of other rows, which must not
+    change."""
+    eager = sample(make(shape, cuda_graphs=False), slots=slots, temperature=temperature)
     assert not Graph.made
-    replayed = sample(shape, slots=slots, temperature=temperature)
+    runner = make(shape)
+    replayed = sample(runner, slots=slots, temperature=temperature)
     assert content(replayed) == content(eager)
     assert sum(e.searches for e in eager) > 3
     for a, b in zip(eager, replayed, strict=True):
         assert a.logps == pytest.approx(b.logps, abs=1e-4)
-    assert 0 < len(Graph.made) < 12
+    assert 0 < len(Graph.made) == len(runner.graphs) <= 3  # of 8, 16 and 21 rows
 
 
-def test_what_cannot_be_recorded_runs_eagerly(graphs, capsys):
-    """A rollout tries once and then decodes without graphs, on the stream that it had before. The next
-    rollout tries again."""
-    eager = sample("llama", cuda_graphs=False)
+def test_a_runner_is_kept_from_rollout_to_rollout(graphs):
+    """Greedy and sampled rollouts share their graphs. Only a longer or wider rollout needs a larger cache,
+    and then new graphs. What an earlier rollout left in the cache changes nothing."""
+    runner = make("llama", slots=9, max_len=120)
+    cache = runner.cache
+    for temperature in (1.0, 0.0, 0.7):
+        fresh = sample(make("llama", cuda_graphs=False), temperature=temperature)
+        assert content(sample(runner, temperature=temperature)) == content(fresh)
+    assert runner.cache is cache and len(Graph.made) == len(runner.graphs) == 2  # of 8 and of 9 rows
+    wider = sample(runner, slots=12, max_completion_length=110)
+    assert content(wider) == content(sample(make("llama", cuda_graphs=False), max_completion_length=110))
+    assert runner.cache is not cache and runner.cache.slots == 12 and runner.cache.max_len > 120
+    assert len(Graph.made) == 2 + len(runner.graphs)
+
+
+def test_one_recording_for_each_number_of_rows_in_a_whole_run(graphs, world, lively, monkeypatch):
+    """Three steps of training, with an evaluation before and after them. The weights are changed in place, so
+    the replayed steps follow them."""
+    rows, step = [], ModelRunner.decode
+
+    def decode(self, tokens, positions, u):
+        rows.append(round_up(len(tokens)))
+        return step(self, tokens, positions, u)
+
+    monkeypatch.setattr(ModelRunner, "decode", decode)
+
+    def train(*switches):
+        flags = [f"--{name}={value}" for name, value in world.items() if name != "output_dir"]
+        flags += ["--max_steps=3", "--eval_size=12", "--eval", world["train"], *switches]
+        run = Run(resolve(*parse(Config, "grpo.py", flags)))
+        run.start()
+        losses = [train_step(run)[0]["loss"] for _ in range(3)]
+        run.finish()
+        return losses, run.tables, {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+    replayed = train(f"--output_dir={world['output_dir']}-1")
+    assert len(Graph.made) == len(set(rows)) > 1 and len(rows) > 100
+    eager = train(f"--output_dir={world['output_dir']}-2", "--no-cuda_graphs")
+    assert len(Graph.made) == len(set(rows))
+    assert replayed[0] == pytest.approx(eager[0], abs=1e-4) and replayed[1] == eager[1]
+    for name, weight in replayed[2].items():
+        torch.testing.assert_close(weight, eager[2][name], atol=1e-3, rtol=0)
+
+
+def test_what_cannot_be_recorded_runs_eagerly(graphs, capsys, monkeypatch):
+    """A runner tries once and then decodes without graphs, on the stream that it had before. The next runner
+    tries again."""
+    eager = sample(make("llama", cuda_graphs=False))
     Graph.fails = True
     reason = "operation not permitted when stream is capturing"
-    warning = f"warning: this rollout decodes without CUDA graphs (see --no-cuda_graphs): {reason}\n"
+    warning = f"warning: decoding runs without CUDA graphs (see --no-cuda_graphs): {reason}\n"
     for tries in (1, 2):
         Graph.stream = None
-        assert content(sample("llama")) == content(eager) and len(Graph.made) == tries
+        runner = make("llama")
+        assert content(sample(runner)) == content(eager) and len(Graph.made) == tries
+        assert content(sample(runner)) == content(eager) and len(Graph.made) == tries
         assert capsys.readouterr().out == warning and Graph.stream == "main stream"
     Graph.fails = False
-    assert content(sample("llama")) == content(eager) and len(Graph.made) > 3
+    assert content(sample(make("llama"))) == content(eager) and len(Graph.made) > 3
     assert capsys.readouterr().out == ""
 
 
-def test_a_graph_that_draws_something_else_is_not_used(graphs, capsys):
-    eager = sample("llama", cuda_graphs=False)
-    Graph.noise = 1
-    assert content(sample("llama")) == content(eager) and len(Graph.made) > 1
+def test_a_graph_with_other_log_probs_is_not_used(graphs, capsys):
+    eager = sample(make("llama", cuda_graphs=False))
+    Graph.noise = 1.0
+    runner = make("llama")
+    assert content(sample(runner)) == content(eager) and len(Graph.made) > 1
     warnings = capsys.readouterr().out.splitlines()
-    assert len(warnings) == len(Graph.made) and "it draws other tokens" in warnings[0]
+    assert len(warnings) == len(Graph.made) and "its log-probs differ by" in warnings[0]
+    assert not any(runner.graphs.values())
 
 
 def test_graphs_are_for_a_gpu_and_can_be_switched_off(graphs, monkeypatch):
-    sample("llama", cuda_graphs=False)
+    sample(make("llama", cuda_graphs=False))
     assert not Graph.made
-    if not torch.cuda.is_available():
+    if not GPU:
         monkeypatch.setattr(Device, "type", "cpu")
-        sample("llama")
+        sample(make("llama"))
         assert not Graph.made
 
 
@@ -163,11 +219,10 @@ class OffTheDevice(Exception):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_decode_step_stays_on_the_device(shape, temperature):
-    model = build(shape, words())
-    cache = SlotCache(model.config, 8, 64, "cpu", torch.float32)
-    runner = ModelRunner(model, cache, len(words()), temperature, cuda_graphs=False)
+    runner = ModelRunner(build(shape, words()), len(words()), slots=8, max_len=64)
+    runner.prepare(8, 64, temperature)
     with OnTheDevice():
-        t, _ = runner.step(8, 32)
+        t, *_ = runner.step(8, 32)
         # these need the host, and the mode refuses them
         for refused in (
             lambda: t[0].item(), lambda: bool(t[0]), lambda: t[t > 1], lambda: t[[0, 1]],
@@ -177,24 +232,110 @@ def test_a_decode_step_stays_on_the_device(shape, temperature):
                 refused()
 
 
-@given(st.integers(1, 100_000), st.sampled_from([8, 64]))
-def test_round_up(n, least):
-    assert n <= round_up(n, least) < n + max(least, n / 4 + 1)
-    assert round_up(round_up(n, least), least) == round_up(n, least)
-    assert len({round_up(i, 64) for i in range(1, 8193)}) == 8 + 4 * 4
+@given(st.integers(1, 100_000))
+def test_round_up(n):
+    assert n <= round_up(n) < n + max(8, n / 4 + 1)
+    assert round_up(round_up(n)) == round_up(n)
+    assert len({round_up(i) for i in range(1, 1025)}) == 8 + 4 * 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the attention kernel
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Lets decode steps go through the kernel, and collects the numbers of rows of its calls."""
+    rows, run = [], kernel.decode_attention
+
+    def spied(q, *args):
+        rows.append(len(q))
+        return run(q, *args)
+
+    monkeypatch.setattr(kernel, "decode_attention", spied)
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return rows
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rollout_through_the_kernel_has_the_tokens_of_sdpa(calls, monkeypatch, shape, temperature):
+    """In fp32, with ragged rows and with searches."""
+    runner = make(shape, cuda_graphs=False)
+    implementation = runner.model.config._attn_implementation
+    options = {"temperature": temperature, "n": 4, "group_size": 1, "slots": 3, "max_completion_length": 24}
+    ours = sample(runner, **options)
+    assert calls and runner.model.config._attn_implementation == implementation == "sdpa"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "use_triton", lambda tensor: False)
+        before = len(calls)
+        theirs = sample(runner, **options)
+        assert len(calls) == before
+    assert content(ours) == content(theirs)
+    assert sum(e.searches for e in ours) > 0 and len({len(e.prompt_ids + e.ids) for e in ours}) > 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.logps == pytest.approx(b.logps, abs=1e-4)
+
+
+def test_a_model_that_keeps_the_lengths_to_itself_is_computed_with_the_mask(calls):
+    """nemotron passes no further arguments to its attention, and stablelm does not say that it would."""
+    for name in ("nemotron", "stablelm"):
+        model = random_model(name)
+        probe(model, words(), 64)
+    assert not calls
+
+
+def test_what_the_kernel_does_not_compute_is_an_error():
+    q, kv, n = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.tensor([2, 5])
+    for option in ({"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"of_tomorrow": 1}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            attend(None, q, kv, kv, None, lengths=n, **option)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# on a GPU
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_replayed_steps_on_a_gpu_are_the_eager_ones(shape, monkeypatch):
-    runners = []
+def test_replayed_steps_on_a_gpu_have_the_bits_of_eager_ones(shape, dtype):
+    def run(**options):
+        runner = make(shape, **options)
+        runner.model.to(dtype)
+        runner = ModelRunner(runner.model, len(words()), **options)
+        return runner, sample(runner)
 
-    def runner(*args):
-        runners.append(ModelRunner(*args))
-        return runners[-1]
+    (graphs, replayed), (_, eager), (_, again) = run(), run(cuda_graphs=False), run(cuda_graphs=False)
+    assert graphs.cuda_graphs and graphs.graphs and all(graphs.graphs.values())
+    for a, b in ((eager, again), (eager, replayed)):
+        assert content(a) == content(b) and [e.logps for e in a] == [e.logps for e in b]
 
-    monkeypatch.setattr(module, "ModelRunner", runner)
-    replayed, eager = sample(shape), sample(shape, cuda_graphs=False)
-    assert runners[0].cuda_graphs and runners[0].graphs and all(runners[0].graphs.values())
-    assert not runners[1].cuda_graphs and not runners[1].graphs
-    assert content(eager) == content(replayed)
+
+@gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", ["qwen2", "gpt2"])
+def test_a_step_of_many_ragged_rows_in_bf16_repeats_itself(shape):
+    """A real width. The attention that torch prefers there, cuDNN's, gives other logits each time."""
+    model = build(shape, words(), context=1024, hidden=256, dtype="bfloat16").to("cuda", torch.bfloat16)
+    runner = ModelRunner(model, len(words()), slots=64, max_len=700)
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(5, 600, (64,), generator=generator).tolist()
+    chunks = [[i % 40 for i in range(n)] for n in starts]
+    results = []
+    for _ in range(3):
+        results.append(runner.prefill(list(range(64)), [0] * 64, chunks))
+    assert all(torch.equal(results[0], other) for other in results)
+    runner.inputs[:] = torch.tensor([[3] * 64, starts, [0.5] * 64], dtype=torch.float64)
+    steps = [runner.step(64, 700)[2] for _ in range(3)]
+    assert all(torch.equal(steps[0], other) for other in steps)
+
+
+@gpu
+def test_a_model_that_waits_for_the_host_decodes_eagerly(capsys):
+    """gpt2 with a pad_token_id looks for it among the ids, unless it gets a mask."""
+    model = build("gpt2", words(), pad_token_id=0).to("cuda")
+    runner = ModelRunner(model, len(words()))
+    sample(runner), sample(runner)
+    assert len(capsys.readouterr().out.splitlines()) == (0 if runner.cuda_graphs else 1)
