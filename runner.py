@@ -189,8 +189,8 @@ class ModelRunner:
         self.cache = self.inputs = self.pool = None
         model = self.model
         self.cache = SlotCache(model.config, self.slots, self.max_len, model.device, model.dtype)
-        # [3, slots]: token, position and random number of each row, read by a decode step. Position -1 marks
-        # a row of padding.
+        # [3, slots]: token, position and random number of each row, read by a decode step. The last two are -1
+        # in a row of padding.
         self.inputs = torch.zeros(3, self.slots, dtype=torch.float64, device=model.device)
         self.pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
 
@@ -220,9 +220,9 @@ class ModelRunner:
         n = rows = len(tokens)
         # The kernel on a GPU reads no further than each row's length. Plain torch reads up to kv_len.
         kv_len = self.max_len if self.on_gpu else max(positions) + 1
-        if self.cuda_graphs:
+        if self.on_gpu:  # also without graphs: sums of other shapes are rounded differently
             rows = min(round_up(n), self.slots)
-            self.inputs[1, n:rows] = -1
+            self.inputs[1:, n:rows] = -1
         self.inputs[:, :n] = torch.tensor([tokens, positions, u], dtype=torch.float64)
         if self.cuda_graphs and rows not in self.graphs:
             self.graphs[rows] = self.record(rows, kv_len)

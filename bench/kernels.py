@@ -1,9 +1,10 @@
 """The GRPO loss beside other ways to compute it: from given logits, and from hidden states with the head.
 
     pip install liger-kernel trl cut-cross-entropy      # only for the comparison, and marked where absent
-    python bench/kernels.py                             # a minute on a CPU, some more on a GPU
+    python bench/kernels.py                             # on a CPU: a minute; on a GPU: some minutes
+    python bench/kernels.py --quick                     # on a GPU: under a minute, one N, no torch.compile
 
-It writes its tables into bench/RESULTS.md. Without a GPU only the table of the CPU is measured.
+It writes its tables into bench/RESULTS.md: with a GPU those of the GPU, without one that of the CPU.
 
 On a CPU: one thread, CPU time, both sides take turns, and the best of the rounds counts. The logits are fresh
 before every turn, outside of its time. Memory is the peak of what torch allocates beyond the logits.
@@ -36,7 +37,10 @@ from torch.profiler import ProfilerActivity, profile
 import kernels
 
 VOCAB, CPU_ROWS, ROUNDS = 151_936, 64, 15
+QUICK = "--quick" in sys.argv
 ROWS, WIDTHS, DENSITIES = (1024, 8192, 32768), (896, 2048, 3584), (1.0, 0.5, 0.25)
+if QUICK:
+    ROWS, WIDTHS, DENSITIES = (8192,), (896, 3584), (1.0, 0.25)
 LENGTH = 1024  # tokens of an episode: Liger wants [episodes, tokens]
 CLIP = {"epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.001}
 
@@ -158,6 +162,9 @@ def gpu_cell(run, prepare) -> tuple[float, float]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(
+            2_000_000
+        )  # about a millisecond, in which the host launches the kernels that follow
         start.record()
         run()
         end.record()
@@ -167,12 +174,12 @@ def gpu_cell(run, prepare) -> tuple[float, float]:
 
 
 def gpu_row(ways: dict, prepare) -> dict[str, tuple[float, float] | str]:
-    """A cell for each way. A way that is None has no package here. If a way fails, its cell names the
-    error."""
+    """A cell for each way. A way that is None has no package here, or is left out. If a way fails, its cell
+    names the error."""
     cells = {}
     for name, run in ways.items():
         try:
-            cells[name] = gpu_cell(run, prepare) if run else "absent"
+            cells[name] = gpu_cell(run, prepare) if run else "-"
         except Exception as error:
             full = isinstance(error, torch.OutOfMemoryError)
             cells[name] = "out of memory" if full else type(error).__name__
@@ -229,7 +236,7 @@ def from_logits(n: int, density: float, compiled) -> dict:
         "forward, TRL": None,
         "with gradient, ours": lambda: ours_from_logits(rows, c),
         "with gradient, torch": lambda: graph(autograd),
-        "with gradient, torch.compile": lambda: graph(compiled),
+        "with gradient, torch.compile": compiled and (lambda: graph(compiled)),
         "with gradient, Liger in place": None,
     }
     if TRL:
@@ -279,7 +286,7 @@ def from_hidden(n: int, width: int, density: float, compiled) -> dict:
         "three products": products,
         "ours": ours,
         "torch": lambda: gradients(autograd(hidden @ weight.T, c)[0]),
-        "torch.compile": lambda: gradients(compiled(hidden @ weight.T, c)[0]),
+        "torch.compile": compiled and (lambda: gradients(compiled(hidden @ weight.T, c)[0])),
         "Liger fused linear": None,
         "cut-cross-entropy": None,
     }
@@ -302,53 +309,43 @@ def from_hidden(n: int, width: int, density: float, compiled) -> dict:
 
 
 def gpu_text() -> str:
-    """Both GPU tables. Without a GPU each has one row, "not measured"."""
+    """Both GPU tables."""
     logit_ways = ("forward, ours", "forward, TRL", "with gradient, ours", "with gradient, torch",
                   "with gradient, torch.compile", "with gradient, Liger in place")  # fmt: skip
     hidden_ways = (
-        "three products",
-        "ours",
-        "torch",
-        "torch.compile",
-        "Liger fused linear",
-        "cut-cross-entropy",
-    )
+        "three products", "ours", "torch", "torch.compile", "Liger fused linear", "cut-cross-entropy",
+    )  # fmt: skip
+    check_on_gpu()
+    copy, rate = ceilings()
+    compiled = None if QUICK else torch.compile(autograd)
     first = [["N", "density", *logit_ways], ["---:"] * 8]
+    for n in ROWS:
+        for density in DENSITIES:
+            cells = from_logits(n, density, compiled)
+            # ms to read the rows once; with the gradient they are also written
+            read = n * density * VOCAB * 2 / copy * 1e3
+            floors = [read, None, 2 * read, None, None, None]
+            row = [show(cells[name], floor) for name, floor in zip(logit_ways, floors, strict=True)]
+            first.append([f"{n:,}", str(density), *row])
     second = [["N", "H", "density", *hidden_ways], ["---:"] * 9]
-    if not torch.cuda.is_available():
-        note = "No GPU was available, so its rows are not measured."
-        listed = [" / ".join(f"{x:,}" for x in values) for values in (ROWS, WIDTHS, DENSITIES)]
-        first.append([listed[0], listed[2], *["not measured"] * 6])
-        second.append([*listed, *["not measured"] * 6])
-    else:
-        check_on_gpu()
-        copy, rate = ceilings()
-        compiled = torch.compile(autograd)
-        for n in ROWS:
+    for n in ROWS:
+        for width in WIDTHS:
             for density in DENSITIES:
-                cells = from_logits(n, density, compiled)
-                # ms to read the rows once; with the gradient they are also written
-                read = n * density * VOCAB * 2 / copy * 1e3
-                floors = [read, None, 2 * read, None, None, None]
-                row = [show(cells[name], floor) for name, floor in zip(logit_ways, floors, strict=True)]
-                first.append([f"{n:,}", str(density), *row])
-        for n in ROWS:
-            for width in WIDTHS:
-                for density in DENSITIES:
-                    cells = from_hidden(n, width, density, compiled)
-                    floor = 6 * n * density * width * VOCAB / rate * 1e3
-                    row = [show(cells[name], floor if name == "ours" else None) for name in hidden_ways]
-                    second.append([f"{n:,}", f"{width:,}", str(density), *row])
-        peers = {"liger-kernel": LIGER, "trl": TRL, "cut-cross-entropy": CCE}
-        there = [f"{name} {version(name)}" for name, module in peers.items() if module]
-        absent = [name for name, module in peers.items() if not module]
-        gpu = torch.cuda.get_device_properties(0)
-        note = f"""{gpu.name}, triton {version("triton")}, {", ".join(there) or "no other package"}\
-{"; absent: " + ", ".join(absent) if absent else ""}. In the same run a copy moved {copy / 1e12:.2f} TB/s and
-a bf16 product of 8,192 cubed ran at {rate / 1e12:.0f} TFLOP/s. Percent: the time at these
-rates as a share of the measured one, for one reading of the kept rows (forward), for reading and writing them
-(with gradient), for 6 N H V operations."""
-    return f"""{note}
+                cells = from_hidden(n, width, density, compiled)
+                floor = 6 * n * density * width * VOCAB / rate * 1e3
+                row = [show(cells[name], floor if name == "ours" else None) for name in hidden_ways]
+                second.append([f"{n:,}", f"{width:,}", str(density), *row])
+    peers = {"liger-kernel": LIGER, "trl": TRL, "cut-cross-entropy": CCE}
+    there = [f"{name} {version(name)}" for name, module in peers.items() if module]
+    absent = [name for name, module in peers.items() if not module]
+    gpu = torch.cuda.get_device_properties(0)
+    return f"""## The loss at the head on a GPU
+
+`python bench/kernels.py{" --quick" if QUICK else ""}`, {date.today()}, {gpu.name}, torch {torch.__version__},
+triton {version("triton")}, {", ".join(there) or "no other package"}{"; absent: " if absent else ""}\
+{", ".join(absent)}. In the same run a copy moved {copy / 1e12:.2f} TB/s and a bf16 product of 8,192 cubed ran
+at {rate / 1e12:.0f} TFLOP/s. Percent: the time at these rates as a share of the measured one, for one reading
+of the kept rows (forward), for reading and writing them (with gradient), for 6 N H V operations.
 
 From given logits, bf16, V = {VOCAB:,}: time and memory beyond the logits.
 
@@ -360,16 +357,11 @@ Density is the share of tokens whose loss mask is 1. "Three products" are the ma
 {table(second)}"""
 
 
-def table(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def main():
-    gpu = gpu_text()
+def cpu_text() -> str:
     torch.set_num_threads(1)
     head = "logits", "autograd, CPU ms", "ours, CPU ms", "ratio", "autograd, MB", "ours, MB"
     rows = [[*head], ["---:"] * 6, cpu_row(torch.float32), cpu_row(torch.bfloat16)]
-    text = f"""## The loss at the head: ours beside autograd, torch.compile, TRL, Liger, cut-cross-entropy
+    return f"""## The loss at the head: ours beside autograd, torch.compile, TRL, Liger, cut-cross-entropy
 
 `python bench/kernels.py`, {date.today()}, Python {platform.python_version()}, torch {torch.__version__}.
 
@@ -377,11 +369,18 @@ On a CPU: the input is {CPU_ROWS} rows of {VOCAB:,} logits, the output is the lo
 gradient at the logits. Ours is kernels/reference.py; the peer is log_softmax in fp32, gather and entropy with
 autograd. CPU time, one thread, the best of {ROUNDS} turns; MB at the peak beyond the logits.
 
-{table(rows)}
+{table(rows)}"""
 
-{gpu}"""
+
+def table(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main():
+    on_gpu = torch.cuda.is_available()
+    text = gpu_text() if on_gpu else cpu_text()
     print(text)
-    write("kernels", text)
+    write("kernels on a GPU" if on_gpu else "kernels", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """CPU seconds of a rollout beside transformers' `generate`: one process, one thread, the same tokens.
 
     python bench/rollout.py              # about ten minutes; writes its tables into bench/RESULTS.md
+    python bench/rollout.py --gpu        # on a GPU, under a minute: decode steps, see decode.py
 
 Episodes of several turns: the peer is the loop of TRL and Search-R1. It calls `generate` until every row of
 the batch has searched or ended, then it appends all results, and then it calls `generate` again over the
@@ -34,6 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing to fetch
 
+import decode
 import torch
 from results import write
 from transformers import LogitsProcessor, Qwen2Config, Qwen2ForCausalLM
@@ -267,4 +269,4 @@ Episodes of one turn: 64 different prompts of 32 tokens; the peer is one `genera
 
 
 if __name__ == "__main__":
-    main()
+    decode.main() if "--gpu" in sys.argv else main()

@@ -102,8 +102,9 @@ def decode(size: int, dtype: torch.dtype, rows: tuple[int, ...] = (8, 24, 256), 
 def main():
     triton.runtime.driver.set_active(Hopper())
     result = {"loss": loss()}
-    for size in (64, 80, 96, 128, 256):
+    for size in (8, 64, 80, 96, 128, 256):
         result[f"attention {size}"] = decode(size, torch.bfloat16)
+    result["attention 8 fp32"] = decode(8, torch.float32, group=2)
     result["attention 256 fp32"] = decode(256, torch.float32, group=16)
     print(json.dumps(result))
 

@@ -108,12 +108,12 @@ def test_what_does_not_fit_is_an_error():
 
 
 def test_the_number_of_splits_fills_the_gpu():
-    """It is a power of two, 1 for many rows or short caches, and never leaves less than 256 keys."""
+    """It is a power of two, 1 for many rows or short caches, and never leaves less than 128 keys."""
     for programs in (1, 8, 64, 264, 265, 4096):
         for positions in (1, 511, 512, 4096, 32768):
             n = attention.number_of_splits(programs, positions)
-            assert n & (n - 1) == 0 and (n == 1 or (positions // n >= 256 and programs * n <= 528))
-    assert attention.number_of_splits(8, 32768) == 64 and attention.number_of_splits(1024, 32768) == 1
+            assert n & (n - 1) == 0 and (n == 1 or (positions // n >= 128 and programs * n <= 264))
+    assert attention.number_of_splits(32, 8192) == 8 and attention.number_of_splits(1024, 32768) == 1
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -446,7 +446,7 @@ def test_hidden_need_not_be_contiguous(device):
     for hidden in (wide, turned):
         assert not hidden.is_contiguous()
         (gradient,) = torch.autograd.grad(kernels.grpo_loss(hidden, *args[1:], **OPTIONS)[0], hidden)
-        assert distance(gradient, want[1]) < 1e-6
+        assert distance(gradient, want[1]) < 1e-5  # other layouts, other orders of summation
 
 
 def test_tied_weights(device):

@@ -50,7 +50,8 @@ def test_a_method_of_your_own(tmp_path):
     (tmp_path / "brief.py").write_text(code)
     flags = write_world(tmp_path) | {"method": "brief", "max_steps": "1"}
     argv = [x for name, value in flags.items() for x in (f"--{name}", value)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "brief.py", *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

@@ -144,7 +144,7 @@ def test_one_recording_for_each_number_of_rows_in_a_whole_run(graphs, world, liv
 
     def train(*switches):
         flags = [f"--{name}={value}" for name, value in world.items() if name != "output_dir"]
-        flags += ["--max_steps=3", "--eval_size=12", "--eval", world["train"], *switches]
+        flags += ["--max_steps=3", "--no-bf16", "--eval_size=12", "--eval", world["train"], *switches]
         run = Run(resolve(*parse(Config, "grpo.py", flags)))
         run.start()
         losses = [train_step(run)[0]["loss"] for _ in range(3)]

@@ -78,8 +78,10 @@ def arguments(flags: dict[str, str]) -> list[str]:
 
 
 def run_main(flags: dict[str, str], *switches: str) -> int:
-    """Runs grpo.py in this process with these flags, and returns its exit code."""
-    return grpo.main(*parse(Config, "grpo.py", [*arguments(flags), *switches]))
+    """Runs grpo.py in this process with these flags, and returns its exit code. Unless --bf16 is among the
+    switches the run is in fp32, on a GPU too, since the tests compare log-probs."""
+    precision = [] if "--bf16" in switches else ["--no-bf16"]
+    return grpo.main(*parse(Config, "grpo.py", [*arguments(flags), *precision, *switches]))
 
 
 def timeless(path: Path) -> list[dict]:

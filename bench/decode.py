@@ -1,0 +1,132 @@
+"""The time of a decode step on a GPU, beside the time to read what it has to read.
+
+    python bench/rollout.py --gpu        # less than a minute; writes its table into bench/RESULTS.md
+
+Models of the shapes of Qwen2.5, with random weights in bf16, and a cache of random numbers in which all rows
+have the same length. A step is the whole of `ModelRunner.step`: the model, the logits of all tokens, and the
+draw. Its floor is the time to read the weights (without the table of input embeddings, unless it is the
+head too) and the keys and values of all rows, at the rate of a copy in the same run. Times are from CUDA
+events, the median of several. Before that, the step with the kernel is compared with the step with SDPA.
+"""
+
+import statistics
+import time
+from datetime import date
+from importlib.metadata import version
+from unittest.mock import patch
+
+import torch
+from results import write
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from runner import ModelRunner, kv_bytes
+
+ROWS, KEYS, VOCABULARY = 256, (640, 2048), 151_665  # of the tokenizer; the head is wider
+SHAPES = {  # layers, width, heads, key-value heads, intermediate size, width of the head, tied
+    "0.5B": (24, 896, 14, 2, 4864, 151_936, True),
+    "1.5B": (28, 1536, 12, 2, 8960, 151_936, True),
+    "7B": (28, 3584, 28, 4, 18944, 152_064, False),
+}
+
+
+def make_model(layers, width, heads, kv_heads, intermediate, vocabulary, tied) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768,
+        tie_word_embeddings=tied, rope_theta=1e6, dtype="bfloat16", attn_implementation="sdpa",
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return Qwen2ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def milliseconds(run, least: int = 5, budget: float = 400) -> float:
+    """The median of at least `least` runs, and of more while they take less than `budget` ms."""
+    times = []
+    for _ in range(2):
+        run()
+    while len(times) < least or (len(times) < 30 and sum(times) < budget):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_rate() -> float:
+    """Bytes/s of a copy, read and written."""
+    a, b = torch.randn(2, 1 << 30, device="cuda").bfloat16()
+    return 2 * a.nbytes / milliseconds(lambda: a.copy_(b)) * 1e3
+
+
+@torch.inference_mode()
+def measure(name: str, keys: int, model, rate: float) -> list[str]:
+    """A row of the table."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    runner = ModelRunner(model, VOCABULARY, ROWS, keys)
+    for tensor in (*runner.cache.keys, *runner.cache.values):
+        tensor.normal_(generator=generator)
+    tokens = torch.randint(VOCABULARY, (ROWS,), generator=generator, device="cuda").tolist()
+    inputs = tokens, [keys - 1] * ROWS, torch.rand(ROWS, generator=generator, device="cuda").tolist()
+    start = time.perf_counter()
+    runner.decode(*inputs)  # it records the graph
+    torch.cuda.synchronize()
+    recording = time.perf_counter() - start
+    assert runner.cuda_graphs and runner.graphs[ROWS], "the graph of this step was refused"
+    logits = runner.step(ROWS, keys)[2].log_softmax(-1)
+    same = torch.equal(logits, runner.step(ROWS, keys)[2].log_softmax(-1))
+    with patch("runner.use_triton", lambda tensor: False):
+        gap = (runner.step(ROWS, keys)[2].log_softmax(-1) - logits).abs().max().item()
+        sdpa = milliseconds(lambda: runner.step(ROWS, keys), least=3, budget=200)
+    eager = milliseconds(lambda: runner.step(ROWS, keys))
+    graph = milliseconds(runner.graphs[ROWS][0].replay)
+    read = sum(p.numel() for p in model.parameters())
+    if not model.config.tie_word_embeddings:
+        read -= model.get_input_embeddings().weight.numel()
+    floor = (read * 2 + ROWS * keys * kv_bytes(model.config, torch.bfloat16)) / rate * 1e3
+    row = [
+        name,
+        f"{keys:,}",
+        f"{sdpa:.2f}",
+        f"{eager:.2f}",
+        f"{graph:.2f}",
+        f"{floor:.2f}",
+        f"{floor / graph:.0%}",
+    ]
+    row += [f"{ROWS / graph * 1e3:,.0f}", f"{recording:.2f}", "yes" if same else "NO", f"{gap:.3f}"]
+    print(" | ".join(row), flush=True)
+    return row
+
+
+def main():
+    if not torch.cuda.is_available():
+        raise SystemExit("bench/rollout.py --gpu: there is no GPU here")
+    rate = copy_rate()
+    head = ["model", "keys", "SDPA eager, ms", "eager, ms", "graph, ms", "floor, ms", "share", "tokens/s"]
+    head += ["recording, s", "eager twice: same bits", "largest log-prob gap to SDPA"]
+    rows = [head, ["---:"] * len(head)]
+    for name, shape in SHAPES.items():
+        model = make_model(*shape)
+        rows += [measure(name, keys, model, rate) for keys in KEYS]
+        del model
+        torch.cuda.empty_cache()
+    packages = ", ".join(
+        f"{name} {version(name).partition('+')[0]}" for name in ("torch", "triton", "transformers")
+    )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    text = f"""## Decode steps on a GPU
+
+`python bench/rollout.py --gpu`, {date.today()}, {torch.cuda.get_device_properties(0).name}, {packages}.
+{ROWS} rows, random weights of the shapes of Qwen2.5, bf16. In the same run a copy moved
+{rate / 1e12:.2f} TB/s. Floor: the time to read the weights and all keys and values at that rate; share: floor
+/ graph.
+
+{table}"""
+    print(text)
+    write("decode", text)
