@@ -22,7 +22,8 @@ random numbers of a step are functions of (seed, step). A checkpoint holds the f
 state of AdamW. The reference is loaded from the start model, never from a checkpoint. Sizes that depend on
 free memory are computed once and stored in run.json.
 
-Resuming is not exact in four cases. First, a GPU does not add in a fixed order. Second, the answers of a
+Resuming is not exact in four cases. First, a GPU does not add gradients in a fixed order (what is sampled
+with the same weights, seed and step is the same there too, bit for bit). Second, the answers of a
 remote retriever come at no fixed time, so from run to run different rows share a batch, and sums are rounded
 differently. Third, sums are also rounded differently if --rollout_slots, --micro_batch_tokens,
 --gradient_checkpointing or the number of threads changes. Fourth, with --simulator the documents themselves
@@ -148,14 +149,10 @@ def resume_config(config: Config, given: set[str], out: Path) -> Config:
         before = Config(**json.loads(stored.read_text()))
     except (ValueError, TypeError) as error:
         raise InputError(f"--resume: {stored} is not the settings of a run: {error}") from error
-    changeable = {"resume", "output_dir", "max_steps", "save_steps", "save_total_limit", "log_completions"}
-    changeable |= {
-        "retriever",
-        "rollout_slots",
-        "micro_batch_tokens",
-        "gradient_checkpointing",
-        "cuda_graphs",
-    }
+    changeable = set(
+        "resume output_dir max_steps save_steps save_total_limit log_completions retriever".split()
+    )
+    changeable |= set("rollout_slots micro_batch_tokens gradient_checkpointing cuda_graphs".split())
     if before.method in METHODS and METHODS[before.method].simulated:
         changeable -= {"max_steps"}  # the share of noise depends on it
     if wrong := [n for n in sorted(given - changeable) if getattr(config, n) != getattr(before, n)]:
@@ -224,8 +221,6 @@ class Run:
             fused=True,
         )
         self.resolve_sizes(device, longest)
-        slots, length = self.config.rollout_slots, longest + config.max_completion_length
-        self.runner = ModelRunner(self.sampling_model, len(self.tokenizer), slots, length, config.cuda_graphs)
 
     def open_retrievers(self, device: str, dtype: torch.dtype):
         """Opens the retrievers of the evaluation and of the training. They differ in ZeroSearch alone, which
@@ -244,16 +239,18 @@ class Run:
             self.train_retriever = CorpusSimulator(self.eval_retriever, config.seed)
 
     def resolve_sizes(self, device: str, longest: int):
-        """Fills in the sizes of a pass and of the cache, once: a resumed run finds them in run.json. On a GPU
-        they follow from the free memory; on a CPU from a fixed budget, and there a small model gets one
-        thread. Raises InputError if the model and one group of episodes do not fit the GPU."""
+        """Fills in the sizes of a pass and of the cache, once: a resumed run finds them in run.json. Makes
+        the cache, with the runner that every rollout of the run uses. On a GPU the sizes follow from the free
+        memory; on a CPU from a fixed budget, and there a small model gets one thread. Raises InputError if
+        the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
         length = longest + c.max_completion_length
         most_tokens, memory = 1 << 11, 1 << 33  # on a CPU small passes are faster: they stay in its cache
         if device == "cuda":
-            # what is still to come: gradients, AdamW's moments, autocast's bf16 weights, a chunk of logits
-            reserved = (14 if c.bf16 else 12) * parameters + (2 << 30)
+            # what is still to come: gradients, AdamW's moments, autocast's bf16 weights; 2 GB for a chunk of
+            # logits; 1 GB for what the graphs of the decode steps keep
+            reserved = (14 if c.bf16 else 12) * parameters + (3 << 30)
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
         elif parameters < 1e7:
             # a second thread saves some time, but on a busy machine it makes a step several times slower
@@ -273,6 +270,8 @@ class Run:
             or max(1, min(most_tokens, int(memory / 2 / token_activations))),
             rollout_slots=c.rollout_slots or min(rows, max(c.num_generations, int(memory / 2 / row_cache))),
         )
+        size = self.config.rollout_slots, length
+        self.runner = ModelRunner(self.sampling_model, len(self.tokenizer), *size, c.cuda_graphs)
 
     def sync_sampling_model(self):
         """Copies the weights to the model that samples, if that is a copy."""

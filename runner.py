@@ -14,7 +14,6 @@ the decode steps, of which a rollout makes thousands. Which row has which slot i
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -94,36 +93,29 @@ def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: in
     sees = torch.arange(kv_len, device=ids.device) <= positions[..., None]  # [rows, new, kv_len]
     padding = positions > last[:, None]
     cache.select(slots, positions.masked_fill(padding, cache.max_len), kv_len)
-    options, attention = {}, nullcontext()
+    config, options = model.config.get_text_config(), {}
+    before = config._attn_implementation
     if ids.shape[1] == 1 and use_triton(ids) and model._supports_attention_backend:
-        options, attention = {"lengths": last + 1}, kernel_attention(model.config.get_text_config())
-    with attention, sdpa_kernel(REPEATABLE):
-        return model.base_model(
-            input_ids=ids,
-            attention_mask=sees[:, None],  # boolean [rows, 1, new, kv_len], as SDPA takes it
-            position_ids=positions.masked_fill(padding, 0),
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        ).last_hidden_state
-
-
-# cuDNN's attention, which torch would prefer on a GPU, gives other sums each time in bf16.
-REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "sliding_window"}
-
-
-@contextmanager
-def kernel_attention(config):
-    """Makes `attend` the attention of the model with this config, while the context lasts.
-
-    Everywhere else it is SDPA, with which the model was loaded: so transformers has refused what SDPA cannot
-    compute, such as the sinks of gpt-oss. It does not know what a registered function cannot compute."""
-    before, config._attn_implementation = config._attn_implementation, "decode_attention"
+        # Only for this step. The model was loaded with SDPA, so transformers has refused what SDPA cannot
+        # compute, such as the sinks of gpt-oss. Of a registered function it does not know what it cannot do.
+        config._attn_implementation, options = "decode_attention", {"lengths": last + 1}
     try:
-        yield
+        with sdpa_kernel(REPEATABLE):
+            return model.base_model(
+                input_ids=ids,
+                attention_mask=sees[:, None],  # boolean [rows, 1, new, kv_len], as SDPA takes it
+                position_ids=positions.masked_fill(padding, 0),
+                past_key_values=cache,
+                use_cache=True,
+                **options,
+            ).last_hidden_state
     finally:
         config._attn_implementation = before
+
+
+# All but cuDNN's attention, which torch prefers on a GPU: in bf16 its sums differ from time to time.
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "sliding_window"}
 
 
 def attend(module, query, key, value, attention_mask, lengths=None, scaling=None, **options):
@@ -178,29 +170,25 @@ class ModelRunner:
     graphs: dict = field(default_factory=dict)  # rows -> (graph, its outputs), or None if unusable
 
     def __post_init__(self):
-        device = self.model.device
-        self.on_gpu = device.type == "cuda"
+        self.on_gpu = self.model.device.type == "cuda"
         self.cuda_graphs = self.cuda_graphs and self.on_gpu
-        self.temperature = torch.ones((), device=device)
-        self.make_cache()
-
-    def make_cache(self):
-        self.graphs.clear()  # they read and write the old cache
-        self.cache = self.inputs = self.pool = None
-        model = self.model
-        self.cache = SlotCache(model.config, self.slots, self.max_len, model.device, model.dtype)
-        # [3, slots]: token, position and random number of each row, read by a decode step. The last two are -1
-        # in a row of padding.
-        self.inputs = torch.zeros(3, self.slots, dtype=torch.float64, device=model.device)
-        self.pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
+        self.temperature = torch.ones((), device=self.model.device)
+        self.cache = None
+        self.prepare(self.slots, self.max_len, 1.0)
 
     def prepare(self, slots: int, max_len: int, temperature: float):
         """Sets the temperature (0: greedy) of the next rollout, which needs that many slots of that length.
         If the cache is smaller, a larger one takes its place, and the graphs are recorded anew."""
         self.temperature.fill_(temperature)
-        if slots > self.slots or max_len > self.max_len:
+        if self.cache is None or slots > self.slots or max_len > self.max_len:
             self.slots, self.max_len = max(slots, self.slots), max(max_len, self.max_len)
-            self.make_cache()
+            self.graphs, self.cache = {}, None  # they use the old cache, whose memory may be needed
+            config, device, dtype = self.model.config, self.model.device, self.model.dtype
+            self.cache = SlotCache(config, self.slots, self.max_len, device, dtype)
+            # [3, slots]: token, position and random number of each row, read by a decode step. A row of
+            # padding has -1 as its position and its number.
+            self.inputs = torch.zeros(3, self.slots, dtype=torch.float64, device=device)
+            self.pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
 
     def prefill(self, slots: list[int], starts: list[int], chunks: list[list[int]]) -> torch.Tensor:
         """Feeds each slot its chunk of ids, from its start position on. Returns the logits after the last id

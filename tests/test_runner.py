@@ -6,6 +6,7 @@ runs on the GPU or in Triton's interpreter.
 """
 
 import contextlib
+import re
 from functools import partial
 
 import pytest
@@ -13,20 +14,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import attention as kernel  # made for the interpreter where there is no GPU
-from test_rollout import SHAPES, Shelf, build, questions, random_model, words
+from test_rollout import REFUSED, SHAPES, Shelf, build, questions, random_model, words
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import runner as module
 from config import Config, parse
+from data import InputError
 from grpo import train_step
-from model import probe
+from model import load_model, probe
 from prompts import SEM
 from rollout import rollout
 from run import Run, resolve
 from runner import ModelRunner, attend, round_up
 
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
@@ -87,7 +90,7 @@ def graphs(monkeypatch):
 
 
 def make(shape, **options):
-    return ModelRunner(build(shape, words()).to("cuda" if GPU else "cpu"), len(words()), **options)
+    return ModelRunner(build(shape, words()).to(DEVICE), len(words()), **options)
 
 
 def sample(runner, n=7, **options):
@@ -284,6 +287,47 @@ def test_a_model_that_keeps_the_lengths_to_itself_is_computed_with_the_mask(call
         model = random_model(name)
         probe(model, words(), 64)
     assert not calls
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_probe_refuses_the_same_models(calls, case):
+    model, reason = REFUSED[case]
+    with pytest.raises(InputError, match=re.escape(reason)):
+        probe(model().to(DEVICE), words(), 64)
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "mistral", "gemma3_text", "phi3", "olmo2"])
+def test_probe_tries_the_kernel(calls, monkeypatch, name):
+    """Also where a window is as long as the sequence. A kernel that is wrong for a model is found out."""
+    model = (build(name, words()) if name in SHAPES else random_model(name)).to(DEVICE)
+    if name in ("mistral", "gemma3_text"):
+        model.config.sliding_window = 64
+    probe(model, words(), 64)
+    assert calls == [2] * model.config.num_hidden_layers
+    wrong = kernel.decode_attention
+    monkeypatch.setattr(kernel, "decode_attention", lambda q, k, v, n, scale: wrong(q, k, v, n - 1, scale))
+    with pytest.raises(InputError, match="attention through the slot cache differs"):
+        probe(model, words(), 64)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_error_in_a_step_leaves_the_attention_as_it_was(calls, monkeypatch):
+    def fails(*args):
+        raise RuntimeError
+
+    runner = make("llama", slots=8, max_len=16)
+    monkeypatch.setattr(kernel, "decode_attention", fails)
+    with pytest.raises(RuntimeError):
+        runner.step(8, 16)
+    assert runner.model.config._attn_implementation == "sdpa"
+
+
+def test_sinks_are_refused_at_loading(tmp_path):
+    """gpt-oss has a probability that goes to no key. transformers knows that SDPA cannot compute it."""
+    random_model("gpt_oss", "eager", num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="scaled_dot_product_attention"):
+        load_model(str(tmp_path), "cpu")
 
 
 def test_what_the_kernel_does_not_compute_is_an_error():
