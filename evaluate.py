@@ -290,10 +290,10 @@ def main(config: Config, given: set[str] = frozenset()):
         sets = retrieve_once(sets, retriever, config.topk, config.max_doc_tokens, tokenizer)
         retriever, closed_book = None, False  # the questions contain documents
     longest = check_prompts(model, tokenizer, template, [q for rows in sets.values() for q in rows])
-    probe(model, tokenizer, longest + config.max_completion_length)
-
     length = longest + config.max_completion_length
-    runner = ModelRunner(model, len(tokenizer), config.batch_size, length, config.cuda_graphs)
+    probe(model, tokenizer, length)
+    slots = min(config.batch_size, max(map(len, sets.values())))
+    runner = ModelRunner(model, len(tokenizer), slots, length, config.cuda_graphs)
 
     output = Path(config.output)
     transcripts = Transcripts(output.with_name(output.stem + "_transcripts.jsonl"))

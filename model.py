@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import InputError, Question
 from prompts import Template, render
-from runner import SlotCache, step_hidden
+from runner import SlotCache, context_length, step_hidden
 
 transformers_logging.disable_progress_bar()  # grpo.py and evaluate.py show bars of their own
 
@@ -67,7 +67,7 @@ def check_prompts(model, tokenizer, template: Template, questions: list[Question
     into the prompt: the model would then not write it, and its episodes would not be valid.
 
     A text has at most as many tokens as bytes, so only long texts have to be tokenised for the check."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    context = context_length(model.config)
     longest = max(questions, key=lambda q: len(q.text) + sum(map(len, q.choices or [])))
     empty = len(render(template, replace(longest, text="", choices=None), tokenizer))
     for q in questions:
@@ -94,7 +94,8 @@ def probe(model, tokenizer, max_len: int):
         attention that is wrong under the masks of the sampler
         logits other than hidden @ lm_head.T (a bias, soft-capping, a scale): kernels/ computes that product
 
-    The last two are tried: attention on a short ragged batch, and the logits on a plain one."""
+    The last two are tried: attention by a ragged prefill and a decode step (on a GPU with the kernel), and
+    the logits on a plain batch."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
@@ -119,7 +120,7 @@ def probe(model, tokenizer, max_len: int):
         rest = torch.stack([ids[0, [4, 5, 5, 5]], ids[1, 2:6]])
         ours = step_hidden(model, cache, 2, rest, lengths[:, None] + place, torch.full_like(lengths, 5), 6)
         last = torch.full_like(lengths, 6)
-        after = step_hidden(model, cache, 2, ids[:, 6:], last[:, None], last, 8)
+        after = step_hidden(model, cache, 2, ids[:, 6:], last[:, None], last, 7)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise InputError(
             f"{config.model_type}: cannot be sampled through the slot cache: {first_line(error)}"

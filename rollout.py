@@ -54,7 +54,7 @@ from tqdm import tqdm
 from data import Episode, InputError, Question, Segment
 from prompts import Template, encode_result, render
 from retriever import RetrieverError
-from runner import ModelRunner
+from runner import ModelRunner, context_length
 
 # Decode steps between two looks at the rows that wait: one search for several rows is cheaper than one for
 # each. It is a number of steps and not a time, so that runs can be repeated.
@@ -103,8 +103,8 @@ def rollout(
     entropy_guided  Of the results that the model would write itself, only these are replaced by real ones:
                     the first, and each whose query is less certain than the query before it (SSRL).
     slots           Rows that are sampled at once, in whole groups; default: all.
-    runner          What runs `model`, with its cache and its CUDA graphs, kept from an earlier rollout;
-                    default: a new one.
+    runner          The ModelRunner of `model`, if there are several rollouts: its cache and its CUDA graphs
+                    are then used again. Default: a new one.
     force_search    Adds <search> after the first answer, or after the first thought where the template has
                     no draft. These tokens are not the policy's.
     counts          A dict whose prefill_tokens and decode_tokens are increased by what the model was fed.
@@ -120,6 +120,8 @@ def rollout(
     slots = min(len(rows), max(1, (slots or len(rows)) // group_size) * group_size)
     max_len = max((len(p) + tokens for p, tokens in zip(prompts, rooms, strict=True)), default=0)
     runner = runner or ModelRunner(model, len(tokenizer))
+    if runner.model is not model or runner.vocab_size != len(tokenizer):
+        raise ValueError("the runner is that of another model or tokenizer")
     runner.prepare(slots, max_len, temperature)
     loop = SearchLoop(
         model=model, tokenizer=tokenizer, template=template, retriever=retriever, topk=topk,
@@ -475,7 +477,7 @@ def end_ids(model, tokenizer) -> set[int]:
 def room(model, prompt: list[int], question: Question, max_completion_length: int) -> int:
     """How many tokens fit after a prompt: the budget, or what is left of the model's context if that is less.
     Raises InputError if nothing is left."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    context = context_length(model.config)
     if len(prompt) >= context:
         where = f"question {question.id} of {question.source}"
         raise InputError(

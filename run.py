@@ -22,8 +22,8 @@ random numbers of a step are functions of (seed, step). A checkpoint holds the f
 state of AdamW. The reference is loaded from the start model, never from a checkpoint. Sizes that depend on
 free memory are computed once and stored in run.json.
 
-Resuming is not exact in four cases. First, a GPU does not add gradients in a fixed order (what is sampled
-with the same weights, seed and step is the same there too, bit for bit). Second, the answers of a
+Resuming is not exact in four cases. First, a GPU does not add gradients in a fixed order. (Sampling is exact
+there too: the same weights, seed, step and size of the cache give the same tokens.) Second, the answers of a
 remote retriever come at no fixed time, so from run to run different rows share a batch, and sums are rounded
 differently. Third, sums are also rounded differently if --rollout_slots, --micro_batch_tokens,
 --gradient_checkpointing or the number of threads changes. Fourth, with --simulator the documents themselves
@@ -54,7 +54,7 @@ from measures import markdown, summary
 from model import check_prompts, load_model, probe
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
-from runner import ModelRunner, kv_bytes
+from runner import ModelRunner, context_length, kv_bytes
 from simulator import CorpusSimulator, ModelSimulator
 
 # ------------------------------------------------------------------------------------------------------------
@@ -245,12 +245,13 @@ class Run:
         the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
-        length = longest + c.max_completion_length
+        length = min(longest + c.max_completion_length, context_length(self.model.config))
         most_tokens, memory = 1 << 11, 1 << 33  # on a CPU small passes are faster: they stay in its cache
         if device == "cuda":
-            # what is still to come: gradients, AdamW's moments, autocast's bf16 weights; 2 GB for a chunk of
-            # logits; 1 GB for what the graphs of the decode steps keep
-            reserved = (14 if c.bf16 else 12) * parameters + (3 << 30)
+            # These are allocated later: gradients, AdamW's moments, autocast's bf16 weights; a chunk of
+            # logits (2 GB); and the logits of a decode step, three times while its graph is recorded.
+            logits = 6 * c.prompts_per_step * c.num_generations * len(self.tokenizer)
+            reserved = (14 if c.bf16 else 12) * parameters + (2 << 30) + logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
         elif parameters < 1e7:
             # a second thread saves some time, but on a busy machine it makes a step several times slower
@@ -259,7 +260,7 @@ class Run:
         layer_factor = 4 if c.gradient_checkpointing else 80
         token_activations = text.num_hidden_layers * text.hidden_size * layer_factor
         row_cache = length * kv_bytes(self.model.config, torch.bfloat16 if c.bf16 else torch.float32)
-        if device == "cuda" and max(token_activations * length, row_cache * c.num_generations) > memory:
+        if device == "cuda" and token_activations * length + row_cache * c.num_generations > memory:
             size = f"{parameters / 1e9:.1f} B parameters and one group of {length} tokens"
             advice = "try --gradient_checkpointing or a smaller --max_completion_length"
             raise InputError(f"{size} do not fit this GPU: {advice}")
@@ -270,8 +271,8 @@ class Run:
             or max(1, min(most_tokens, int(memory / 2 / token_activations))),
             rollout_slots=c.rollout_slots or min(rows, max(c.num_generations, int(memory / 2 / row_cache))),
         )
-        size = self.config.rollout_slots, length
-        self.runner = ModelRunner(self.sampling_model, len(self.tokenizer), *size, c.cuda_graphs)
+        vocab_size, slots = len(self.tokenizer), self.config.rollout_slots
+        self.runner = ModelRunner(self.sampling_model, vocab_size, slots, length, c.cuda_graphs)
 
     def sync_sampling_model(self):
         """Copies the weights to the model that samples, if that is a copy."""

@@ -14,7 +14,7 @@ the decode steps, of which a rollout makes thousands. Which row has which slot i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kernels import use_triton
+from kernels import sample, use_triton
 
 
 class SlotCache(Cache):
@@ -59,6 +59,10 @@ class SlotCache(Cache):
     def get_seq_length(self, layer: int = 0) -> int:
         return 0  # the caller passes position_ids and a mask, so transformers must not count positions itself
 
+    def clear(self):
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
+
     def copy(self, source: int, targets: list[int], length: int):
         if targets:
             index = torch.tensor(targets, device=self.keys[0].device)  # one transfer, not one a layer
@@ -79,25 +83,34 @@ def kv_shape(config) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, head_dim
 
 
+def context_length(config) -> int:
+    """The most tokens that a model can read; 2^30 if its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
 def kv_bytes(config, dtype: torch.dtype) -> int:
     """Bytes of one token in the cache."""
     return 2 * math.prod(kv_shape(config)) * dtype.itemsize
+
+
+# cuDNN's attention, torch's first choice on a GPU, is left out: in bf16 it can give other sums each time.
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: int) -> torch.Tensor:
     """One forward pass through the cache. ids and positions are [rows, new]; last [rows] is the last position
     of each row that is not padding. Returns hidden states [rows, new, H].
 
-    Every position attends to all positions up to its own. Where Triton runs, a step of one token goes through
-    the kernel of attention.py."""
+    Every position attends to all positions up to its own. Where Triton runs, the attention of a step of one
+    token is the kernel of attention.py, if the model hands `lengths` on to it."""
     sees = torch.arange(kv_len, device=ids.device) <= positions[..., None]  # [rows, new, kv_len]
     padding = positions > last[:, None]
     cache.select(slots, positions.masked_fill(padding, cache.max_len), kv_len)
     config, options = model.config.get_text_config(), {}
     before = config._attn_implementation
     if ids.shape[1] == 1 and use_triton(ids) and model._supports_attention_backend:
-        # Only for this step. The model was loaded with SDPA, so transformers has refused what SDPA cannot
-        # compute, such as the sinks of gpt-oss. Of a registered function it does not know what it cannot do.
+        # The implementation is switched for this step only. At loading transformers checks whether SDPA can
+        # compute the model, and refuses gpt-oss for its sinks. Of our function it would check nothing.
         config._attn_implementation, options = "decode_attention", {"lengths": last + 1}
     try:
         with sdpa_kernel(REPEATABLE):
@@ -113,15 +126,15 @@ def step_hidden(model, cache: SlotCache, slots, ids, positions, last, kv_len: in
         config._attn_implementation = before
 
 
-# All but cuDNN's attention, which torch prefers on a GPU: in bf16 its sums differ from time to time.
-REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "sliding_window"}
+# Options that change nothing here: sampling has no dropout, one token sees all before it, and model.probe has
+# refused windows that are shorter than the rows.
+HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "sliding_window"}
 
 
 def attend(module, query, key, value, attention_mask, lengths=None, scaling=None, **options):
     """The attention of one token a row, as transformers calls it: query [rows, heads, 1, D] -> ([rows, 1,
-    heads, D], None). `lengths` [rows] say the same as the mask of `step_hidden`. A model that does not pass
-    them on from its arguments is computed with the mask, by SDPA.
+    heads, D], None). `lengths` [rows] says the same as the mask of `step_hidden`. Some models do not pass
+    their keyword arguments on to the attention. Then it is None, and SDPA computes the same with the mask.
 
     Raises ValueError for anything that would change the result and is not computed here, such as a cap."""
     if lengths is None:
@@ -136,21 +149,6 @@ def attend(module, query, key, value, attention_mask, lengths=None, scaling=None
 AttentionInterface.register("decode_attention", attend)
 
 
-def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float | torch.Tensor):
-    """logits [rows, vocab] fp32, u [rows] fp64 in [0, 1) -> tokens [rows], their log-probs [rows] fp32. The
-    temperature can be a tensor [], which a CUDA graph reads at every replay. Temperature 0 takes the most
-    probable token; its log-prob is then that of temperature 1.
-
-    Samples by inverting the distribution function: the first token whose cumulative probability exceeds u.
-    The sum is in fp64, because in fp32 the sum over 150,000 tokens would round small probabilities away."""
-    temperature = torch.as_tensor(temperature, device=logits.device)
-    logp = torch.log_softmax(logits / torch.where(temperature > 0, temperature, 1.0), -1)
-    cdf = logp.double().exp().cumsum(-1)
-    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
-    tokens = torch.where(temperature > 0, tokens, logits.argmax(-1, keepdim=True))
-    return tokens[:, 0], logp.gather(1, tokens)[:, 0]
-
-
 @dataclass
 class ModelRunner:
     """A model with its cache: prefills of any slots, and decode steps of the first n slots. It can be kept
@@ -159,40 +157,45 @@ class ModelRunner:
     On a GPU a decode step is replayed as a CUDA graph, because launching its kernels one by one takes longer
     than they run. A graph is recorded once for each number of rows, which is rounded up, so that there are
     few; they share one pool of memory. All that changes from step to step is read from memory: tokens,
-    positions, random numbers, the temperature. A step that cannot be recorded, or whose graph gives other
-    log-probs than the eager step, runs by the same code without a graph."""
+    positions, random numbers, the temperature. If a step cannot be recorded, all steps from then on run by
+    the same code without graphs. So does the step of a graph that gives other logits than the eager step."""
 
     model: torch.nn.Module
     vocab_size: int  # ids beyond the tokenizer (a padded lm_head) are never sampled
-    slots: int = 0  # the size of the cache; 0: that of the first rollout
+    slots: int = 0  # the size of the cache; 0: `prepare` makes it as large as the first rollout needs
     max_len: int = 0
     cuda_graphs: bool = True  # becomes false without a GPU, and if a recording fails
-    graphs: dict = field(default_factory=dict)  # rows -> (graph, its outputs), or None if unusable
 
     def __post_init__(self):
         self.on_gpu = self.model.device.type == "cuda"
         self.cuda_graphs = self.cuda_graphs and self.on_gpu
-        self.temperature = torch.ones((), device=self.model.device)
-        self.cache = None
-        self.prepare(self.slots, self.max_len, 1.0)
+        first, self.slots, self.max_len, self.cache = (self.slots, self.max_len), 0, 0, None
+        self.prepare(*first, 1.0)
 
+    @torch.inference_mode(False)  # a rollout of a simulator begins inside of another rollout
     def prepare(self, slots: int, max_len: int, temperature: float):
-        """Sets the temperature (0: greedy) of the next rollout, which needs that many slots of that length.
-        If the cache is smaller, a larger one takes its place, and the graphs are recorded anew."""
-        self.temperature.fill_(temperature)
+        """Sets the temperature (0: greedy) of the next rollout, which needs that many slots of that length,
+        and clears the cache: what is masked is multiplied by 0, and a NaN of an earlier rollout would stay
+        one. If the cache is smaller, a larger one takes its place, and the graphs are recorded anew."""
+        # Lengths are rounded up, so that a prompt that is a few tokens longer needs no new cache.
+        max_len = min(-(-max_len // 128) * 128, context_length(self.model.config))
         if self.cache is None or slots > self.slots or max_len > self.max_len:
             self.slots, self.max_len = max(slots, self.slots), max(max_len, self.max_len)
-            self.graphs, self.cache = {}, None  # they use the old cache, whose memory may be needed
+            self.graphs, self.cache = {}, None  # rows -> (graph, what it draws), or None if it is not used
             config, device, dtype = self.model.config, self.model.device, self.model.dtype
             self.cache = SlotCache(config, self.slots, self.max_len, device, dtype)
             # [3, slots]: token, position and random number of each row, read by a decode step. A row of
             # padding has -1 as its position and its number.
             self.inputs = torch.zeros(3, self.slots, dtype=torch.float64, device=device)
+            self.temperature = torch.ones((), device=device)
             self.pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
+        self.cache.clear()
+        self.temperature.fill_(temperature)
 
+    @torch.inference_mode()
     def prefill(self, slots: list[int], starts: list[int], chunks: list[list[int]]) -> torch.Tensor:
         """Feeds each slot its chunk of ids, from its start position on. Returns the logits after the last id
-        of each chunk, [rows, vocab] fp32."""
+        of each chunk, [rows, V]."""
         device, new = self.model.device, max(map(len, chunks))
         ids = torch.tensor([chunk + [0] * (new - len(chunk)) for chunk in chunks], device=device)
         start, slots = torch.tensor(starts, device=device), torch.tensor(slots, device=device)
@@ -202,20 +205,23 @@ class ModelRunner:
         hidden = step_hidden(self.model, self.cache, slots, ids, positions, start + last, kv_len)
         return self.logits(hidden[torch.arange(len(chunks), device=device), last])
 
+    @torch.inference_mode()
     def decode(self, tokens: list[int], positions: list[int], u: list[float]):
         """Feeds each of the first n slots one token at its position, and samples the next one with the random
-        number u. Returns the tokens and their log-probs, [n] each. The next call overwrites both."""
+        number u. Returns the tokens and their log-probs, [n] each. The next call can overwrite both."""
         n = rows = len(tokens)
-        # The kernel on a GPU reads no further than each row's length. Plain torch reads up to kv_len.
+        # On a GPU shapes do not depend on the rows of the moment, since a graph freezes them. This also holds
+        # without graphs, because sums of other shapes are rounded differently. So rows are padded, and the
+        # view has the length of the cache, of which the kernel reads no more than each row's length.
         kv_len = self.max_len if self.on_gpu else max(positions) + 1
-        if self.on_gpu:  # also without graphs: sums of other shapes are rounded differently
+        if self.on_gpu:
             rows = min(round_up(n), self.slots)
             self.inputs[1:, n:rows] = -1
         self.inputs[:, :n] = torch.tensor([tokens, positions, u], dtype=torch.float64)
         if self.cuda_graphs and rows not in self.graphs:
             self.graphs[rows] = self.record(rows, kv_len)
-        if recorded := self.graphs.get(rows):
-            graph, drawn = recorded
+        if self.cuda_graphs and self.graphs[rows]:
+            graph, drawn = self.graphs[rows]
             graph.replay()
         else:
             *drawn, _ = self.step(rows, kv_len)
@@ -230,7 +236,7 @@ class ModelRunner:
         positions = last.clamp(min=0)[:, None]
         hidden = step_hidden(self.model, self.cache, rows, tokens, positions, last, kv_len)
         logits = self.logits(hidden[:, 0])
-        return *sample(logits, u, self.temperature), logits
+        return *sample(logits, u, self.temperature, self.vocab_size), logits
 
     def record(self, rows: int, kv_len: int) -> tuple | None:
         """(graph, the tokens and log-probs that a replay fills), or None if there is no graph that repeats
@@ -249,23 +255,23 @@ class ModelRunner:
             reason = str(error).splitlines()[0]
             tqdm.write(f"warning: decoding runs without CUDA graphs (see --no-cuda_graphs): {reason}")
             return None
-        # The same bits are expected. Not the tokens are compared, since the least difference can change one.
-        gap = (logits.log_softmax(-1) - eager.log_softmax(-1)).abs().max().item()
+        # The same bits are expected, since both run the same kernels. A difference within rounding would
+        # still be right. Tokens are not compared, because the least difference can change one.
+        gap = (logits - eager).abs().max().item()  # log-probs differ by at most twice as much
         if not gap <= (1e-3 if self.model.dtype == torch.float32 else 5e-2):
-            tqdm.write(f"warning: no CUDA graph of {rows} rows: its log-probs differ by {gap:.2g}")
+            tqdm.write(f"warning: no CUDA graph of {rows} rows: its logits differ by {gap:.2g}")
             return None
         return graph, drawn
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, H] -> logits [rows, vocab] fp32."""
-        head = self.model.get_output_embeddings().weight
-        logits = hidden @ head.T  # all columns, since an odd width is slow on a GPU; cut below
-        return logits[:, : self.vocab_size].float()
+        """hidden [rows, H] -> logits [rows, V] in the model's dtype. All columns of the head, because an odd
+        width is slow on a GPU; `sample` leaves out those beyond the vocabulary."""
+        return hidden @ self.model.get_output_embeddings().weight.T
 
     def draw(self, logits: torch.Tensor, u: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         """As `sample`, with the random numbers as a list."""
         u = torch.tensor(u, dtype=torch.float64, device=logits.device)
-        return sample(logits, u, self.temperature)
+        return sample(logits, u, self.temperature, self.vocab_size)
 
 
 def round_up(n: int) -> int:

@@ -339,13 +339,14 @@ def gpu_text() -> str:
     there = [f"{name} {version(name)}" for name, module in peers.items() if module]
     absent = [name for name, module in peers.items() if not module]
     gpu = torch.cuda.get_device_properties(0)
-    return f"""## The loss at the head on a GPU
+    return f"""## The loss at the head on a GPU: ours beside torch, TRL, Liger, cut-cross-entropy
 
 `python bench/kernels.py{" --quick" if QUICK else ""}`, {date.today()}, {gpu.name}, torch {torch.__version__},
 triton {version("triton")}, {", ".join(there) or "no other package"}{"; absent: " if absent else ""}\
 {", ".join(absent)}. In the same run a copy moved {copy / 1e12:.2f} TB/s and a bf16 product of 8,192 cubed ran
-at {rate / 1e12:.0f} TFLOP/s. Percent: the time at these rates as a share of the measured one, for one reading
-of the kept rows (forward), for reading and writing them (with gradient), for 6 N H V operations.
+at {rate / 1e12:.0f} TFLOP/s. The percentage is the least possible time divided by the measured one. The least
+possible time is that of one reading of the kept rows (forward), of one reading and one writing
+(with gradient), or of 6 N H V operations, where N counts the kept rows. "-" was not run.
 
 From given logits, bf16, V = {VOCAB:,}: time and memory beyond the logits.
 
@@ -361,7 +362,7 @@ def cpu_text() -> str:
     torch.set_num_threads(1)
     head = "logits", "autograd, CPU ms", "ours, CPU ms", "ratio", "autograd, MB", "ours, MB"
     rows = [[*head], ["---:"] * 6, cpu_row(torch.float32), cpu_row(torch.bfloat16)]
-    return f"""## The loss at the head: ours beside autograd, torch.compile, TRL, Liger, cut-cross-entropy
+    return f"""## The loss at the head on a CPU: ours beside autograd
 
 `python bench/kernels.py`, {date.today()}, Python {platform.python_version()}, torch {torch.__version__}.
 

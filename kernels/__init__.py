@@ -1,16 +1,18 @@
-"""The GRPO loss at the language-model head, with log-probs, entropy and KL, and the attention of a decode
-step.
+"""The computations that have kernels of their own: the GRPO loss at the language-model head (with log-probs,
+entropy and KL), and of a decode step, in which each row has one new token, the attention and the draw.
 
     loss, stats = grpo_loss(hidden, weight, target, old_logps, ref_logps, advantages, scale,
                             epsilon=0.2, epsilon_high=0.2, beta=0.001)
     logps, entropy = token_logps(hidden, weight, target)
+    tokens, logps = sample(logits, u, temperature, vocab_size)
 
-reference.py     the loss of rows of logits and its gradient, in plain torch; read this first
+reference.py     the loss of rows of logits, its gradient, and the draw, in plain torch; read this first
 chunked.py       the two functions above: for one chunk of rows at a time, the product that makes the logits,
                  their loss, and the products that carry its gradient back. The logits of all tokens of a
                  batch would be the largest tensor of the training, so only those of one chunk exist at a time
 triton_loss.py   reference.py as one Triton kernel
-attention.py     a Triton kernel for the attention of one new token a row, which runner.py calls
+attention.py     a Triton kernel for the attention of a decode step, which runner.py calls
+sampling.py      the draw of reference.py as two Triton kernels
 """
 
 import os
@@ -20,7 +22,7 @@ import torch
 
 from kernels.chunked import grpo_loss, token_logps
 
-__all__ = ["grpo_loss", "grpo_loss_from_logits", "token_logps"]
+__all__ = ["grpo_loss", "grpo_loss_from_logits", "sample", "token_logps"]
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -37,3 +39,12 @@ def grpo_loss_from_logits(logits, target, old_logps, ref_logps, advantages, scal
     else:
         from kernels.reference import grpo_loss_from_logits as run
     return run(logits, target, old_logps, ref_logps, advantages, scale, **options)
+
+
+def sample(logits, u, temperature, vocab_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The draw of the next token: see reference.sample."""
+    if use_triton(logits):
+        from kernels.sampling import sample as run
+    else:
+        from kernels.reference import sample as run
+    return run(logits, u, temperature, vocab_size)

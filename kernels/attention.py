@@ -1,26 +1,28 @@
 """Attention of one new token a row to the row's own keys and values, as a Triton kernel.
 
-For row r, and for head h, which shares the keys and values of key-value head c with the rest of its group:
+For row r, and for query head h, which shares the keys and values of key-value head c with the rest of its
+group:
 
     s_j = scale q[r, h] . keys[r, c, j]                        for j < lengths[r]
     out[r, h] = sum_j p_j values[r, c, j],   p = softmax(s)    (zeros if lengths[r] is 0)
 
-reference.decode_attention is the same in plain torch. It multiplies with all positions of the view and masks
-those beyond a row's length. A decode step does little else than read keys and values, so the kernel reads
-those of a row once for all heads of a group, and not one position further. It takes them where they lie in
-the cache, and gets the lengths as numbers in the GPU's memory: so one CUDA graph serves all lengths.
+In plain torch this is SDPA with a mask, which runs where Triton does not. It multiplies with all positions of
+the view, and transformers 5.17 copies keys and values for every query head before that. A decode step does
+little else than read keys and values. So the kernel reads those of a row once for all heads of a group, where
+they lie in the cache, and not one position beyond the row's length. A CUDA graph freezes all arguments except
+memory. The kernel reads the lengths from memory, so one graph serves all lengths.
 
 The softmax is computed while the keys go by (arXiv 1805.02867). Over the keys so far, with u = log2(e) s, it
 keeps
 
     top = max u_j,   total = sum 2^(u_j - top),   acc = sum 2^(u_j - top) values_j
 
-If a block has a higher maximum, all earlier terms change by the same factor, so total and acc are multiplied
-by 2^(old top - new top). In the end out = acc / total.
+If a block has a higher maximum, all earlier terms were computed with the old one. They are corrected by
+multiplying total and acc by 2^(old top - new top). In the end out = acc / total.
 
-If there are few rows, their programs do not fill the GPU. Then each row's keys are divided among several
-programs, and `_merge` adds up what these found, out_i, with weights total_i 2^(top_i), so each program also
-stores lse_i = top_i + log2(total_i):
+There is one program for each row and key-value head, so few rows leave most multiprocessors idle. Then each
+row's keys are divided among several programs i = 0, 1, .., and `_merge` adds up what these found, out_i, with
+weights total_i 2^(top_i). For this each program also stores lse_i = top_i + log2(total_i):
 
     out = sum_i 2^(lse_i - max lse) out_i / sum_i 2^(lse_i - max lse)
 """
@@ -38,19 +40,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def decode_attention(q, keys, values, lengths, scale: float | None = None) -> torch.Tensor:
-    """q [rows, heads, D], keys and values [rows, kv_heads, L, D] as views of a cache, lengths [rows] int, at
-    most L -> [rows, heads, D], all in the dtype of q, fp32, bf16 or fp16.
+    """q [rows, heads, D], keys and values [rows, kv_heads, L, D] as views of a cache, lengths [rows] of whole
+    numbers from 0 to L -> [rows, heads, D]. All but lengths have the same dtype: fp32, bf16 or fp16.
 
-    `scale` is D ** -0.5 by default. Products are summed in fp32; those of fp32 inputs are exact (no TF32).
-    The result depends on no other row, and is the same bit for bit for the same shapes."""
+    `scale` is D ** -0.5 by default. Products are summed in fp32, and fp32 inputs are multiplied in full fp32,
+    not in TF32. The result depends on the content of no other row. For the same shapes it is the same bit for
+    bit every time. Raises ValueError for shapes and dtypes that do not fit; a length beyond L is not noticed,
+    because the CPU would have to wait for the GPU."""
     (rows, heads, size), kv_heads, positions = q.shape, keys.shape[1], keys.shape[2]
     if not (q.dtype == keys.dtype == values.dtype and q.stride(2) == keys.stride(3) == values.stride(3) == 1):
         raise ValueError("q, keys and values must have one dtype, and a head's entries must be adjacent")
     if heads % kv_heads or keys.shape != (rows, kv_heads, positions, size) or values.shape != keys.shape:
         raise ValueError(f"shapes do not fit: q {q.shape}, keys {keys.shape}, values {values.shape}")
+    if lengths.shape != (rows,) or lengths.is_floating_point():
+        raise ValueError(f"lengths must be {rows} whole numbers: {lengths.dtype} {lengths.shape}")
     width = max(16, triton.next_power_of_2(size))
-    # The block of keys that is under way has 16 kB at most: three such blocks of keys and of values fit a
-    # multiprocessor twice.
+    # A block of keys has about 16 kB, so that three programs fit the shared memory of a multiprocessor.
     block = max(16, min(64, 16384 // (width * q.element_size())))
     splits = number_of_splits(rows * kv_heads, positions)
     out = torch.empty(rows, heads, size, dtype=q.dtype, device=q.device)
@@ -58,15 +63,14 @@ def decode_attention(q, keys, values, lengths, scale: float | None = None) -> to
     if splits > 1:
         parts = torch.empty(splits, rows, heads, size, dtype=torch.float32, device=q.device)
         lse = torch.empty(splits, rows, heads, dtype=torch.float32, device=q.device)
-    # Triton's interpreter cannot multiply bf16 numbers.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter cannot multiply bf16 numbers
     if rows:
         with torch.cuda.device_of(q):
             _attend[(rows, kv_heads, splits)](
-                q, keys, values, lengths, parts, lse, size**-0.5 if scale is None else float(scale),
+                q, keys, values, lengths.contiguous(), parts, lse, size**-0.5 if scale is None else scale,
                 *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3], GROUP=heads // kv_heads, D=size,
                 TILE=max(16, triton.next_power_of_2(heads // kv_heads)), WIDTH=width, BLOCK=block,
-                FP32=interpreted, num_warps=4, num_stages=3,
+                IN_FP32=interpreted, num_warps=4, num_stages=3,
             )  # fmt: skip
             if splits > 1:
                 _merge[(rows * heads,)](parts, lse, out, rows * heads, D=size, WIDTH=width, SPLITS=splits)
@@ -74,14 +78,15 @@ def decode_attention(q, keys, values, lengths, scale: float | None = None) -> to
 
 
 def number_of_splits(programs: int, positions: int) -> int:
-    """Among how many programs a row's keys are divided, a power of two. It depends on shapes alone, so that a
-    CUDA graph is right for all lengths, and so that a result can be repeated.
+    """Among how many programs a row's keys are divided, a power of two. `positions` is the length of the
+    view. The number depends on shapes alone, because a CUDA graph freezes it, and so that a result can be
+    repeated.
 
-    An H200 has 132 multiprocessors. With two programs for each, and at least 128 keys for a program, the time
-    was least or within 2 % of it (2026-11-26; 32, 128 and 256 programs before the split, 640 to 8,192 keys of
-    size 128): 0.038 ms in place of 0.123 for 8 rows of 8,192 keys."""
+    Two programs for each of the 132 multiprocessors of an H200, with 128 positions or more for each program,
+    were within 2 % of the best choice in all shapes that were measured (bench/RESULTS.md). More than 32
+    parts would not fit the registers of `_merge`."""
     splits = 1
-    while programs * splits * 2 <= 2 * 132 and positions >= splits * 2 * 128:
+    while programs * splits * 2 <= 2 * 132 and positions >= splits * 2 * 128 and splits < 32:
         splits *= 2
     return splits
 
@@ -91,21 +96,21 @@ def _attend(
     q, keys, values, lengths, out, lse, scale,
     q_row, q_head, k_row, k_head, k_key, v_row, v_head, v_key,  # strides
     GROUP: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    FP32: tl.constexpr,
+    IN_FP32: tl.constexpr,
 ):  # fmt: skip
     # One program: one row, one key-value head, one part of the keys. The matrix unit multiplies tiles whose
     # sides are powers of two, 16 at least: so a group of heads is padded to TILE, and D to WIDTH.
-    row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     member, d, block = tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    heads = head * GROUP + member
-    inside = (member < GROUP)[:, None] & (d < D)[None, :]
-    query = tl.load(q + row * q_row + heads[:, None] * q_head + d[None, :], mask=inside, other=0.0)
-    keys += row * k_row + head * k_head
-    values += row * v_row + head * v_head
+    heads = kv_head * GROUP + member  # [TILE] query heads
+    query_mask = (member < GROUP)[:, None] & (d < D)[None, :]
+    query = tl.load(q + row * q_row + heads[:, None] * q_head + d[None, :], mask=query_mask, other=0.0)
+    keys += row * k_row + kv_head * k_head
+    values += row * v_row + kv_head * v_head
     unit = scale * LOG2E
     length = tl.load(lengths + row).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), BLOCK) * BLOCK
-    first = split * share
+    first = part * share
     last = tl.minimum(first + share, length)
 
     top = tl.full([TILE], FLOOR, tl.float32)
@@ -114,39 +119,39 @@ def _attend(
     for start in range(first, last, BLOCK):
         ids = start + block
         # Past the length there may be anything, NaN too. It is not read, because 0 * NaN is NaN.
-        there = (ids < last)[:, None] & (d < D)[None, :]
-        key = tl.load(keys + ids[:, None] * k_key + d[None, :], mask=there, other=0.0)  # [BLOCK, WIDTH]
-        value = tl.load(values + ids[:, None] * v_key + d[None, :], mask=there, other=0.0)
-        u = _dot(query, tl.trans(key), FP32) * unit  # [TILE, BLOCK]
+        key_mask = (ids < last)[:, None] & (d < D)[None, :]
+        key = tl.load(keys + ids[:, None] * k_key + d[None, :], mask=key_mask, other=0.0)  # [BLOCK, WIDTH]
+        value = tl.load(values + ids[:, None] * v_key + d[None, :], mask=key_mask, other=0.0)
+        u = _multiply(query, tl.trans(key), IN_FP32) * unit  # [TILE, BLOCK]
         u = tl.where((ids < last)[None, :], u, float("-inf"))
         higher = tl.maximum(top, tl.max(u, 1))
         shrink = tl.exp2(top - higher)
         p = tl.exp2(u - higher[:, None])
         total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + _dot(p.to(value.dtype), value, FP32)
+        acc = acc * shrink[:, None] + _multiply(p.to(value.dtype), value, IN_FP32)
         top = higher
 
-    some = tl.where(total == 0.0, 1.0, total)  # no key at all: 0 / 1
-    parts = split * tl.num_programs(0) * tl.num_programs(1) * GROUP
-    place = (parts + row * tl.num_programs(1) * GROUP + heads).to(tl.int64)
-    tl.store(out + place[:, None] * D + d[None, :], acc / some[:, None], mask=inside)
+    nonzero = tl.where(total == 0.0, 1.0, total)  # a part without keys stores 0 / 1, not 0 / 0
+    n = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * GROUP
+    index = part * n + row * tl.num_programs(1) * GROUP + heads  # in [parts, rows, heads]
+    tl.store(out + index[:, None] * D + d[None, :], acc / nonzero[:, None], mask=query_mask)
     if lse is not None:
-        tl.store(lse + place, top + tl.log2(some), mask=member < GROUP)
+        tl.store(lse + index, top + tl.log2(nonzero), mask=member < GROUP)
 
 
 @triton.jit
-def _dot(a, b, FP32: tl.constexpr):
-    if FP32:
+def _multiply(a, b, IN_FP32: tl.constexpr):
+    if IN_FP32:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def _merge(parts, lse, out, n, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """One program: one head of one row."""
-    i, split, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    found = tl.load(lse + split * n + i)
-    weight = tl.exp2(found - tl.max(found, 0))
-    place = (split * n + i)[:, None] * D + d[None, :]
-    part = tl.load(parts + place, mask=(d < D)[None, :], other=0.0)
-    tl.store(out + i * D + d, tl.sum(weight[:, None] * part, 0) / tl.sum(weight, 0), mask=d < D)
+    """One program: one of the n = rows * heads results."""
+    i, part, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    lse_i = tl.load(lse + part * n + i)
+    weight = tl.exp2(lse_i - tl.max(lse_i, 0))
+    index = (part * n + i)[:, None] * D + d[None, :]
+    out_i = tl.load(parts + index, mask=(d < D)[None, :], other=0.0)
+    tl.store(out + i * D + d, tl.sum(weight[:, None] * out_i, 0) / tl.sum(weight, 0), mask=d < D)

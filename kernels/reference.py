@@ -1,4 +1,5 @@
-"""The GRPO loss in plain torch: what it computes, and its gradient written out. It runs on any device.
+"""The GRPO loss in plain torch: what it computes, and its gradient written out. It runs on any device. At the
+end is `sample`, the draw of the next token.
 
 For one row of logits, z [V] = logits / temperature, the sampled token y, and p = softmax(z):
 
@@ -111,3 +112,21 @@ def token_loss(logp, old_logps, ref_logps, advantages, epsilon, epsilon_high, be
         value = value + beta * kl
         grad = grad - beta * x.expm1() * inside
     return value, grad, kl, clipped.float()
+
+
+@torch.no_grad()
+def sample(logits, u, temperature, vocab_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The draw of the next token: logits [rows, V], u [rows] fp64 in [0, 1) -> tokens [rows] int64, their
+    log-probs [rows] fp32. Columns from `vocab_size` on are never drawn. Temperature 0, a number or a tensor
+    [], takes the most probable token; its log-prob is then that of temperature 1.
+
+    Samples by inverting the distribution function: the first token whose cumulative probability exceeds u.
+    The sum is in fp64, because in fp32 the sum over 150,000 tokens would round small probabilities away."""
+    logits, temperature = logits[:, :vocab_size].float(), float(temperature)
+    logp = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        cdf = logp.double().exp().cumsum(-1)
+        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
+    return tokens[:, 0], logp.gather(1, tokens)[:, 0]

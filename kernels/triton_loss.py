@@ -2,9 +2,10 @@
 in reference.py; the comments here name the formula of each line and what is particular to a GPU.
 
 Each row is read twice. The first visit reads it (2V bytes in bf16) and computes all results. The second visit
-reads it again and writes the gradient in place (2V bytes each). So 6V bytes are moved, because the second
-reading comes from memory too: more rows are under way than the L2 cache holds. With fewer rows under way it
-would come from the cache, but a grid of 66 to 264 programs was slower (measured on an H200, 2026-11-26).
+reads it again and writes the gradient in place, which moves 2V bytes each. So 6V bytes are moved, because the
+second reading comes from memory too: more rows are under way than the L2 cache holds. With fewer rows under
+way it would come from the cache, but a grid of 66 to 264 programs was slower (measured on an H200,
+2026-11-26).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import triton
 import triton.language as tl
 
 # One program works on one row. 4,096 logits in 4 warps are 32 for each thread. Several programs share a
-# multiprocessor, so that one computes while another waits for memory. With 8 warps a program waits longer for
-# its own threads: on an H200 (2026-11-26) the forward pass then took 0.83 ms in place of 0.665.
+# multiprocessor, so that one computes while another waits for memory. With 4 warps, 4,096 and 8,192 logits
+# were equally fast; with 8 warps both took a quarter more in the forward pass (H200, bench/RESULTS.md).
 BLOCK, WARPS = 4096, 4
 
 FLOOR = tl.constexpr(-1e20)  # below every logit; finite, as in reference.py

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import attention, triton_loss
+from kernels import attention, sampling, triton_loss
 
 
 class Hopper:
@@ -80,28 +80,36 @@ def loss() -> dict:
     return launches.result()
 
 
-def decode(size: int, dtype: torch.dtype, rows: tuple[int, ...] = (8, 24, 256), group: int = 7) -> dict:
-    """The attention of `rows` rows each, at every number of splits that these have."""
+def draw() -> dict:
+    kernels = sampling._sum_blocks, sampling._pick
+    launches = sampling._sum_blocks, sampling._pick = WarmUp(kernels[0]), WarmUp(kernels[1])
+    logits, u = torch.empty(256, 151_936, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.float64)
+    for n in (1, 7, 16, 256):
+        sampling.sample(logits[:n], u[:n], torch.ones(()), 151_665)
+    sampling._sum_blocks, sampling._pick = kernels
+    return {"_sum_blocks": launches[0].result(), "_pick": launches[1].result()}
+
+
+def decode(size: int, dtype: torch.dtype, group: int = 7) -> dict:
+    """The attention of some numbers of rows, two of which have their keys divided among several programs."""
     kernels = attention._attend, attention._merge
     launches, merges = attention._attend, attention._merge = WarmUp(kernels[0]), WarmUp(kernels[1])
-    cache = torch.empty(max(rows), 2, 2049, size, dtype=dtype)
-    for n in rows:
+    cache = torch.empty(256, 2, 2049, size, dtype=dtype)
+    for n in (8, 24, 256):
         q, lengths = torch.empty(n, 2 * group, size, dtype=dtype), torch.zeros(n, dtype=torch.int64)
         attention.decode_attention(q, cache[:n, :, :2048], cache[:n, :, :2048], lengths)
     attention._attend, attention._merge = kernels
-    result = launches.result()
-    all_of = [*launches.compiled, *merges.compiled]
-    return result | {
-        "spilled": sum(usage(k.asm["cubin"])["spilled"] for k in all_of),
-        "shared": max(k.metadata.shared for k in all_of),
-        "products": "wgmma" if "wgmma" in launches.compiled[-1].asm["ptx"] else
-        "mma.sync" if "mma.sync" in launches.compiled[-1].asm["ptx"] else "none",
-    }  # fmt: skip
+    compiled = [*launches.compiled, *merges.compiled]
+    return launches.result() | {
+        "spilled": sum(usage(k.asm["cubin"])["spilled"] for k in compiled),
+        "shared": max(k.metadata.shared for k in compiled),
+        "products": "mma" if "mma" in launches.compiled[-1].asm["ptx"] else "none",
+    }
 
 
 def main():
     triton.runtime.driver.set_active(Hopper())
-    result = {"loss": loss()}
+    result = {"loss": loss(), **draw()}
     for size in (8, 64, 80, 96, 128, 256):
         result[f"attention {size}"] = decode(size, torch.bfloat16)
     result["attention 8 fp32"] = decode(8, torch.float32, group=2)

@@ -1,0 +1,118 @@
+"""python -m pytest tests/test_sampling.py
+
+The draw as a kernel beside its twin in plain torch, reference.sample. The kernel runs on a GPU if there is
+one, and otherwise in Triton's interpreter.
+"""
+
+import pytest
+import torch
+from test_kernels import GPU, sampling  # made for the interpreter where there is no GPU
+
+from kernels import reference
+
+DEVICE, ROWS = ("cuda", 10_000) if GPU else ("cpu", 60)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(sampling, "BLOCK", 1024)  # so that shorter rows too have several blocks
+
+
+def draws(rows, width, dtype, seed=0, scale=3):
+    """Logits, and a random number for each row."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(rows, width, generator=generator)).to(DEVICE, dtype)
+    return logits, torch.rand(rows, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def agree(logits, u, temperature, vocab):
+    """The tokens of the kernel are those of the twin. A few can be next to them in the cumulative sum, where
+    u is between two tokens to within 1e-7. The log-probs are those of the tokens, up to the rounding of fp32
+    numbers as large as the logits."""
+    tokens, logps = sampling.sample(logits, u, temperature, vocab)
+    assert tokens.dtype == torch.int64 and logps.dtype == torch.float32
+    assert tokens.min() >= 0 and tokens.max() < vocab
+    exact = logits[:, :vocab].double().cpu() / (temperature or 1.0)
+    tokens, u = tokens.cpu(), u.cpu()
+    tolerance = 4e-6 + 2e-7 * exact[exact.isfinite()].abs().max().item()
+    right = exact.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logps.cpu().double(), right, atol=tolerance, rtol=0)
+    twin = reference.sample(logits.cpu(), u, temperature, vocab)[0]
+    other = (tokens != twin).nonzero()[:, 0]
+    assert len(other) <= max(1, len(u) // 1000)
+    for row in other.tolist():
+        cdf = exact[row].softmax(-1).cumsum(-1)
+        low, high = sorted((tokens[row].item(), twin[row].item()))
+        assert temperature > 0 and (cdf[low:high] - u[row]).abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("vocab, width", [(70, 70), (1024, 1030), (2500, 2504)])
+def test_the_draw_is_that_of_the_twin(vocab, width, temperature, dtype):
+    """The columns beyond the vocabulary are the most probable ones, and must not be drawn."""
+    logits, u = draws(ROWS // 2, width, dtype)
+    logits[:, vocab:] = 50.0
+    agree(logits, u, temperature, vocab)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_real_vocabulary(temperature):
+    logits, u = draws(ROWS // 20, 151_936, torch.bfloat16)
+    agree(logits, u, temperature, 151_665)
+
+
+def test_the_ends_of_the_distribution():
+    """u = 0 draws the first token that has a probability, and the largest u below 1 the last one. Tokens of
+    logit -inf are never drawn; whole blocks of them are at the start, in the middle and at the end."""
+    logits = torch.full((4, 5000), -torch.inf, device=DEVICE)
+    for column in (1500, 1501, 3300, 3301):
+        logits[:, column] = float(column % 7)
+    u = torch.tensor([0.0, 1 - 2.0**-53, 0.5, 1e-300], dtype=torch.float64, device=DEVICE)
+    tokens, logps = sampling.sample(logits, u, 1.0)
+    assert tokens[[0, 3]].tolist() == [1500, 1500] and tokens[1] == 3301 and logps.isfinite().all()
+    agree(logits, u, 1.0, 5000)
+    agree(logits, u, 0.0, 5000)
+
+
+def test_equal_logits_and_large_ones():
+    u = torch.arange(16, device=DEVICE).double() / 16 + 1 / 32
+    tokens, _ = sampling.sample(torch.zeros(16, 1600, device=DEVICE), u, 1.0)
+    assert tokens.tolist() == [50 + 100 * i for i in range(16)]
+    logits, u = draws(16, 1600, torch.float32, scale=3000)
+    agree(logits, u, 1.0, 1600)
+
+
+def test_small_probabilities_are_told_apart():
+    """Near 1, fp32 numbers are 6e-8 apart, and each of these tokens has probability 3e-9."""
+    logits = torch.zeros(10, 150_000, device=DEVICE)
+    logits[:, 0] = 19.5
+    agree(logits, torch.linspace(0.99955, 0.99999, 10, dtype=torch.float64, device=DEVICE), 1.0, 150_000)
+
+
+def test_the_temperature_is_read_from_memory():
+    """A tensor, as a CUDA graph needs it, gives what the number gives."""
+    logits, u = draws(20, 1500, torch.float32)
+    for temperature in (0.0, 0.7):
+        one = sampling.sample(logits, u, torch.tensor(temperature, device=DEVICE))
+        other = sampling.sample(logits, u, temperature)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_is_no_number_is_seen():
+    """The token is one of the vocabulary, and its log-prob is NaN."""
+    logits, u = draws(4, 1500, torch.float32)
+    logits[1, 700] = float("nan")
+    tokens, logps = sampling.sample(logits, u, 1.0)
+    assert logps[1].isnan() and not logps[[0, 2, 3]].isnan().any() and 0 <= tokens[1] < 1500
+
+
+def test_no_rows_and_rows_that_are_not_adjacent():
+    logits, u = draws(8, 1500, torch.float32)
+    assert [len(x) for x in sampling.sample(logits[:0], u[:0], 1.0)] == [0, 0]
+    some = sampling.sample(logits[::2], u[::2], 1.0)
+    assert torch.equal(some[0], sampling.sample(logits, u, 1.0)[0][::2])
+    with pytest.raises(ValueError, match="adjacent"):
+        sampling.sample(logits.T, u, 1.0)
