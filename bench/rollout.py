@@ -131,8 +131,8 @@ def ours(model, tokenizer, questions, group: int, script: list[Row]) -> tuple[li
     padded = torch.tensor([token for row in script for token in row.ids() + [0] * (width - len(row.ids()))])
     sample = runner.sample
 
-    def scripted(logits, u, temperature):  # u is the place of the token: see `numbered`
-        return padded[u.long()], sample(logits, u / len(padded), temperature)[1]
+    def scripted(logits, u, *rest):  # u is the place of the token: see `numbered`
+        return padded[u.long()], sample(logits, u / len(padded), *rest)[1]
 
     def numbered(n, seed, step, row):
         return [float(i) for i in range(row * width, row * width + n)]

@@ -124,7 +124,7 @@ def script(monkeypatch):
         return real(model, tokenizer, template, questions, group_size=group_size, **options)
 
     def start(text):
-        def scripted(logits, u, temperature):
+        def scripted(logits, u, temperature, vocab_size):
             assert temperature == (1.0 if current["kind"] == "sampled" else 0.0)
             tokenizer, tokens = current["tokenizer"], []
             for row in map(int, u.tolist()):

@@ -151,12 +151,13 @@ def script(monkeypatch):
         streams = [iter(row) for row in rows]
         given = [iter(row) for row in logps or []]
 
-        def scripted(logits, u, temperature):
+        def scripted(logits, u, temperature, vocab_size):
             tokens = torch.tensor([next(streams[int(row)], end) for row in u.tolist()])
             if given:
                 return tokens, torch.tensor([next(given[int(row)], 0.0) for row in u.tolist()])
             if not score:
                 return tokens, torch.zeros(len(tokens))
+            logits = logits[:, :vocab_size]
             return tokens, torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0]
 
         monkeypatch.setattr(module, "uniform_stream", lambda n, seed, step, row: [float(row)] * n)
@@ -338,7 +339,7 @@ def test_a_group_samples_in_proportion(temperature):
 def test_every_token_has_a_random_number_of_its_own(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        runner, "sample", lambda logits, u, t: drawn.extend(u.tolist()) or sample(logits, u, t)
+        runner, "sample", lambda logits, u, *rest: drawn.extend(u.tolist()) or sample(logits, u, *rest)
     )
     model = build("llama", words())
     episodes = rollout(

@@ -248,8 +248,8 @@ def eager(monkeypatch, world):
     begin = tokenizer.convert_tokens_to_ids("<think> w1 </think> <search> w2 </search>".split())
     streams, real, random = {}, runner.sample, rollout.uniform_stream
 
-    def sample(logits, u, temperature):
-        tokens, logps = real(logits, u, temperature)
+    def sample(logits, u, temperature, vocab_size):
+        tokens, logps = real(logits, u, temperature, vocab_size)
         if temperature == 1.0:  # the policy, and not its simulator
             for i, row in enumerate(u.tolist()):
                 tokens[i] = next(streams.setdefault(row, iter(begin)), tokens[i])
