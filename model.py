@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cache import SlotCache, context_length
 from data import InputError, Question
 from prompts import Template, render
-from runner import SlotCache, context_length, step_hidden
+from runner import step_hidden
 
 transformers_logging.disable_progress_bar()  # grpo.py and evaluate.py show bars of their own
 

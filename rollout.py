@@ -51,13 +51,15 @@ from functools import lru_cache
 import torch
 from tqdm import tqdm
 
+from cache import context_length
 from data import Episode, InputError, Question, Segment
 from prompts import Template, encode_result, render
 from retriever import RetrieverError
-from runner import ModelRunner, context_length
+from runner import ModelRunner
 
 # Decode steps between two looks at the rows that wait: one search for several rows is cheaper than one for
-# each. It is a number of steps and not a time, so that runs can be repeated.
+# each. It is a number of steps and not a time, so that runs can be repeated. On a GPU new rows get the free
+# slots at these looks too.
 SERVE_EVERY = 8
 PREFILL_TOKENS = 16384  # padded tokens of one prefill; this bounds the memory of its activations
 
@@ -80,6 +82,10 @@ class Row:
     @property
     def waits(self) -> bool:
         return self.query is not None or self.reply is not None
+
+    @property
+    def decodes(self) -> bool:
+        return not self.episode.stop and not self.waits
 
 
 def rollout(
@@ -172,12 +178,12 @@ class SearchLoop:
     @torch.inference_mode()
     def run(self, queue: deque[list[Row]]):
         """Samples all groups of the queue to their ends."""
-        step = 0
+        step, every = 0, 1 if self.runner.on_gpu else SERVE_EVERY  # on a GPU, `decode` makes that many steps
         while queue or any(self.table):
             self.admit(queue)
             waiting = [slot for slot, row in enumerate(self.table) if row and row.waits]
             all_wait = len(waiting) == sum(row is not None for row in self.table)
-            if waiting and (step % SERVE_EVERY == 0 or all_wait):
+            if waiting and (step % every == 0 or all_wait):
                 self.serve(waiting, all_wait)
             if n := self.compact():
                 self.decode(self.table[:n])
@@ -266,7 +272,7 @@ class SearchLoop:
     def compact(self) -> int:
         """Moves the rows that decode into the first slots, so that a decode step works on a view of the
         cache. Returns their number."""
-        decoding = [row is not None and not row.waits for row in self.table]
+        decoding = [row is not None and row.decodes for row in self.table]
         n = sum(decoding)
         holes = [slot for slot in range(n) if not decoding[slot]]
         strays = [slot for slot in range(n, len(decoding)) if decoding[slot]]
@@ -277,13 +283,20 @@ class SearchLoop:
         return n
 
     def decode(self, rows: list[Row]):
-        """Samples one more token for the rows in the first slots."""
-        self.counts["decode_tokens"] += len(rows)
-        tokens, positions = [row.sampled[-1] for row in rows], [row.length for row in rows]
-        drawn = self.runner.decode(tokens, positions, next_uniforms(rows))
-        for row in rows:
-            row.length += 1
-        self.append_tokens(rows, *drawn)
+        """Samples tokens for the rows in the first slots. On a CPU it is one for each. On a GPU it is
+        SERVE_EVERY, because the GPU does the next step while this loop works on the last one. A row that ends
+        or waits is then fed on until the loop is over, but what it draws is not used."""
+        steps = SERVE_EVERY if self.runner.on_gpu else 1
+        last, positions = [row.sampled[-1] for row in rows], [row.length for row in rows]
+        u = [next_uniforms(rows, step) for step in range(steps)]
+        for drawn in self.runner.decode(last, positions, u):
+            going = [(row, *of_row) for row, *of_row in zip(rows, *drawn, strict=True) if row.decodes]
+            if not going:
+                break
+            self.counts["decode_tokens"] += len(going)
+            for row, *_ in going:
+                row.length += 1
+            self.append_tokens(*zip(*going, strict=True))
 
     def prefill(self, slots: list[int], chunks: list[list[int]]) -> torch.Tensor:
         """Feeds each slot its chunk of ids, after what the slot already holds. Returns the last logits [rows,
@@ -296,9 +309,9 @@ class SearchLoop:
 
     # what happens to one row after a token
 
-    def append_tokens(self, rows: list[Row], tokens: torch.Tensor, logps: torch.Tensor):
-        """Gives each row its next token [rows], and acts on end tokens, tags and the token budget."""
-        for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
+    def append_tokens(self, rows: list[Row], tokens: Iterable[int], logps: Iterable[float]):
+        """Gives each row its next token, and acts on end tokens, tags and the token budget."""
+        for row, token, logp in zip(rows, tokens, logps, strict=True):
             episode = row.episode
             episode.ids.append(token)
             episode.loss_mask.append(not row.in_result)
@@ -430,9 +443,11 @@ class SearchLoop:
         self.bar.update()
 
 
-def next_uniforms(rows: list[Row]) -> list[float]:
-    """The random number for each row's next token."""
-    return [row.uniforms[len(row.episode.ids)] for row in rows]
+def next_uniforms(rows: list[Row], ahead: int = 0) -> list[float]:
+    """The random number for each row's next token, or for one some steps ahead. Beyond the end of a row's
+    stream it is 0; that token is not used."""
+    places = [len(row.episode.ids) + ahead for row in rows]
+    return [row.uniforms[i] if i < len(row.uniforms) else 0.0 for row, i in zip(rows, places, strict=True)]
 
 
 def uniform_stream(n: int, seed: int, step: int, row: int) -> list[float]:

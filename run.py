@@ -47,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import toy
+from cache import context_length, kv_bytes
 from config import TOY, Config, check, check_writable
 from data import Episode, InputError, load_sets
 from evaluate import evaluate
@@ -54,7 +55,7 @@ from measures import markdown, summary
 from model import check_prompts, load_model, probe
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
-from runner import ModelRunner, context_length, kv_bytes
+from runner import ModelRunner
 from simulator import CorpusSimulator, ModelSimulator
 
 # ------------------------------------------------------------------------------------------------------------

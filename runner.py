@@ -1,97 +1,29 @@
-"""The model's side of a rollout: keys and values in slots, one forward pass through them, the next token.
+"""The model's side of a rollout: one forward pass through the cache, and the next token.
 
-`SlotCache` has a slot for every row in flight. `step_hidden` feeds any of the rows any number of tokens, each
-at its own position. `sample` draws the next token. `ModelRunner` puts these together, for prefills and for
-the decode steps, of which a rollout makes thousands. Which row has which slot is decided in rollout.py.
+`step_hidden` feeds any of the rows any number of tokens, each at its own position. `ModelRunner` puts it
+together with the draw, for prefills and for the decode steps, of which a rollout makes thousands. Which row
+has which slot of the cache is decided in rollout.py.
 
     runner = ModelRunner(model, len(tokenizer), slots=8, max_len=4096)
     runner.prepare(slots=8, max_len=4096, temperature=1.0)            # before every rollout
     logits = runner.prefill([0, 1], [0, 0], [prompt, another])        # into slots 0 and 1, from position 0
     tokens, logps = runner.draw(logits, [0.3, 0.8])
-    tokens, logps = runner.decode(tokens.tolist(), [len(prompt), len(another)], [0.1, 0.6])
+    for tokens, logps in runner.decode(tokens, [len(prompt), len(another)], [[0.1, 0.6], [0.9, 0.2]]):
+        ...                                                           # two steps of both rows
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from cache import SlotCache, context_length
 from kernels import sample, use_triton
-
-
-class SlotCache(Cache):
-    """Keys and values of every row at the row's own positions: for each layer two tensors [slots, kv_heads,
-    max_len + 1, head_dim].
-
-    So a row can be extended by one token or by a whole search result, some rows can be stepped without the
-    others, and a slot can be copied or given to another row. The last position is scratch space: the padding
-    inside a ragged step is written there."""
-
-    def __init__(self, config, slots: int, max_len: int, device, dtype):
-        super().__init__(layers=[])
-        shape = (slots, kv_shape(config)[1], max_len + 1, kv_shape(config)[2])
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(kv_shape(config)[0])]
-        self.values = [torch.zeros_like(k) for k in self.keys]
-        self.slots, self.max_len = slots, max_len
-
-    def select(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
-        """Sets where the next forward pass writes, `positions` [rows, new], and how many positions it reads.
-        `rows` is an int n, for the first n slots, or a tensor of slots."""
-        first = isinstance(rows, int)
-        index = torch.arange(rows, device=positions.device) if first else rows
-        self.rows = slice(rows) if first else rows  # a slice: attention reads a view, not a copy
-        self.where = index[:, None], slice(None), positions  # [rows, new, kv_heads, head_dim] of a layer
-        self.kv_len = kv_len
-
-    def update(self, key, value, layer, *args, **kwargs):  # key, value [rows, kv_heads, new, head_dim]
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.where] = key.transpose(1, 2).to(keys.dtype)
-        values[self.where] = value.transpose(1, 2).to(values.dtype)
-        return keys[self.rows, :, : self.kv_len], values[self.rows, :, : self.kv_len]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return 0  # the caller passes position_ids and a mask, so transformers must not count positions itself
-
-    def clear(self):
-        for tensor in (*self.keys, *self.values):
-            tensor.zero_()
-
-    def copy(self, source: int, targets: list[int], length: int):
-        if targets:
-            index = torch.tensor(targets, device=self.keys[0].device)  # one transfer, not one a layer
-            for tensor in (*self.keys, *self.values):
-                tensor[index, :, :length] = tensor[source, :, :length]
-
-    def swap(self, a: list[int], b: list[int], length: int):
-        index = torch.tensor([a + b, b + a], device=self.keys[0].device)
-        for tensor in (*self.keys, *self.values):
-            tensor[index[0], :, :length] = tensor[index[1], :, :length]
-
-
-def kv_shape(config) -> tuple[int, int, int]:
-    """(layers, key-value heads, head size) of a model."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, head_dim
-
-
-def context_length(config) -> int:
-    """The most tokens that a model can read; 2^30 if its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-
-
-def kv_bytes(config, dtype: torch.dtype) -> int:
-    """Bytes of one token in the cache."""
-    return 2 * math.prod(kv_shape(config)) * dtype.itemsize
-
 
 # cuDNN's attention, torch's first choice on a GPU, is left out: in bf16 it can give other sums each time.
 REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -206,26 +138,45 @@ class ModelRunner:
         return self.logits(hidden[torch.arange(len(chunks), device=device), last])
 
     @torch.inference_mode()
-    def decode(self, tokens: list[int], positions: list[int], u: list[float]):
-        """Feeds each of the first n slots one token at its position, and samples the next one with the random
-        number u. Returns the tokens and their log-probs, [n] each. The next call can overwrite both."""
+    def decode(self, tokens: list[int], positions: list[int], u: list[list[float]]):
+        """Feeds each of the first n slots one token at its position, draws the next one, feeds that, and so
+        on: a step for each row of random numbers in u [steps][n]. Yields the tokens and the log-probs of each
+        step, two lists of n. While the caller works on those of one step, a GPU does the next.
+
+        So a GPU goes on feeding a row that has ended. This does no harm, because what it writes lies beyond
+        the length of the row, and is overwritten by whatever is appended to the row or takes its slot."""
         n = rows = len(tokens)
         # On a GPU shapes do not depend on the rows of the moment, since a graph freezes them. This also holds
         # without graphs, because sums of other shapes are rounded differently. So rows are padded, and the
         # view has the length of the cache, of which the kernel reads no more than each row's length.
-        kv_len = self.max_len if self.on_gpu else max(positions) + 1
+        kv_len = self.max_len if self.on_gpu else min(max(positions) + len(u), self.max_len)
         if self.on_gpu:
             rows = min(round_up(n), self.slots)
             self.inputs[1:, n:rows] = -1
-        self.inputs[:, :n] = torch.tensor([tokens, positions, u], dtype=torch.float64)
+        self.inputs[:2, :n] = torch.tensor([tokens, positions], dtype=torch.float64)
+        u = torch.tensor(u, dtype=torch.float64).to(self.inputs.device)
+        before = None
+        for numbers in u:
+            self.inputs[2, :n] = numbers
+            drawn = self.replay(rows, kv_len)
+            self.inputs[0, :n] = drawn[0][:n]
+            self.inputs[1, :n] = (self.inputs[1, :n] + 1).clamp(max=self.max_len - 1)
+            drawn = OnItsWay(drawn[0][:n], drawn[1][:n])
+            if before:
+                yield before.lists()
+            before = drawn
+        yield before.lists()
+
+    def replay(self, rows: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A decode step, by its graph if there are graphs. Returns the tokens and their log-probs, [rows]
+        each, which the next step can overwrite."""
         if self.cuda_graphs and rows not in self.graphs:
             self.graphs[rows] = self.record(rows, kv_len)
         if self.cuda_graphs and self.graphs[rows]:
             graph, drawn = self.graphs[rows]
             graph.replay()
-        else:
-            *drawn, _ = self.step(rows, kv_len)
-        return drawn[0][:n], drawn[1][:n]
+            return drawn
+        return self.step(rows, kv_len)[:2]
 
     def step(self, rows: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One decode step of the first `rows` slots: tokens [rows], their log-probs [rows], and the logits.
@@ -268,10 +219,27 @@ class ModelRunner:
         width is slow on a GPU; `sample` leaves out those beyond the vocabulary."""
         return hidden @ self.model.get_output_embeddings().weight.T
 
-    def draw(self, logits: torch.Tensor, u: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `sample`, with the random numbers as a list."""
+    def draw(self, logits: torch.Tensor, u: list[float]) -> tuple[list[int], list[float]]:
+        """As `sample`, with lists."""
         u = torch.tensor(u, dtype=torch.float64, device=logits.device)
-        return sample(logits, u, self.temperature, self.vocab_size)
+        tokens, logps = sample(logits, u, self.temperature, self.vocab_size)
+        return tokens.tolist(), logps.tolist()
+
+
+class OnItsWay:
+    """Tokens and log-probs [n] that are copied from a GPU to the host, while the host does something else."""
+
+    def __init__(self, tokens: torch.Tensor, logps: torch.Tensor):
+        self.both = torch.stack([tokens.double(), logps.double()]).to("cpu", non_blocking=True)  # exact
+        self.arrived = torch.cuda.Event() if tokens.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def lists(self) -> tuple[list[int], list[float]]:
+        if self.arrived:
+            self.arrived.synchronize()  # waits for the copy, not for what the GPU was given to do after it
+        tokens, logps = self.both.tolist()
+        return [int(token) for token in tokens], logps
 
 
 def round_up(n: int) -> int:

@@ -267,8 +267,9 @@ def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
 
 
 def train(model, world: World, rng: random.Random, config: Config, tokenizer):
-    """Plain next-token prediction on transcripts. Result tokens are included, because they teach copying."""
-    model.train()
+    """Plain next-token prediction on transcripts, on a GPU if there is one. Result tokens are included,
+    because they teach copying."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     bar = tqdm(range(config.steps), desc="toy base model")
     for step in bar:
@@ -278,7 +279,7 @@ def train(model, world: World, rng: random.Random, config: Config, tokenizer):
         tokens, total = sum(map(len, rows)) - len(rows), 0.0
         quarter = -(-len(rows) // 4)  # four parts of similar lengths need half the padding of one
         for part in (rows[i : i + quarter] for i in range(0, len(rows), quarter)):
-            ids = padded(part)  # [part, width]
+            ids = padded(part).to(model.device)  # [part, width]
             logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
             loss = cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=PAD, reduction="sum") / tokens
             loss.backward()
@@ -287,7 +288,7 @@ def train(model, world: World, rng: random.Random, config: Config, tokenizer):
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
-    model.eval()
+    model.cpu().eval()
 
 
 def padded(rows: list[list[int]]) -> torch.Tensor:

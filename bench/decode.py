@@ -1,6 +1,7 @@
-"""The time of a decode step on a GPU, beside the time to read what it has to read.
+"""The time of a decode step on a GPU, beside the time to read what it has to read. And the time of whole
+rollouts, beside transformers' `generate`.
 
-    python bench/rollout.py --gpu        # less than a minute; writes its table into bench/RESULTS.md
+    python bench/rollout.py --gpu        # two minutes; writes its tables into bench/RESULTS.md
 
 Models of the shapes of Qwen2.5, with random weights in bf16, and a cache of random numbers in which all rows
 have the same length. A step is the whole of `ModelRunner.step`: the model, the logits of all tokens, and the
@@ -10,6 +11,7 @@ events, the median of several. The last column is the largest difference between
 the kernel and of one with SDPA, which in bf16 is the rounding through all layers.
 """
 
+import random
 import statistics
 import time
 from datetime import date
@@ -19,14 +21,21 @@ from unittest.mock import patch
 import torch
 from results import write
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from words import make_tokenizer
 
-from runner import ModelRunner, kv_bytes
+from cache import kv_bytes
+from data import Question
+from prompts import Template, render
+from rollout import rollout
+from runner import ModelRunner
 
 ROWS, KEYS, VOCABULARY = (
     256,
     (640, 2048),
     151_665,
 )  # VOCABULARY counts the tokenizer's tokens; the head is wider
+WORDS = "<pad> <eos> <user> <assistant>".split()
+WORDS += [f"w{i}" for i in range(len(WORDS), VOCABULARY)]
 SHAPES = {  # layers, width, heads, key-value heads, intermediate size, width of the head, tied
     "0.5B": (24, 896, 14, 2, 4864, 151_936, True),
     "1.5B": (28, 1536, 12, 2, 8960, 151_936, True),
@@ -70,6 +79,14 @@ def copy_rate() -> float:
     return 2 * a.nbytes / milliseconds(lambda: a.copy_(b)) * 1e3
 
 
+def seconds(run) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 @torch.inference_mode()
 def measure(name: str, keys: int, model, rate: float) -> list[str]:
     """A row of the table."""
@@ -78,9 +95,9 @@ def measure(name: str, keys: int, model, rate: float) -> list[str]:
     for tensor in (*runner.cache.keys, *runner.cache.values):
         tensor.normal_(generator=generator)
     tokens = torch.randint(VOCABULARY, (ROWS,), generator=generator, device="cuda").tolist()
-    inputs = tokens, [keys - 1] * ROWS, torch.rand(ROWS, generator=generator, device="cuda").tolist()
+    inputs = tokens, [keys - 1] * ROWS, torch.rand(1, ROWS, generator=generator, device="cuda").tolist()
     start = time.perf_counter()
-    runner.decode(*inputs)  # it records the graph
+    list(runner.decode(*inputs))  # it records the graph
     torch.cuda.synchronize()
     recording = time.perf_counter() - start
     assert runner.cuda_graphs and runner.graphs[ROWS], "the graph of this step was refused"
@@ -109,6 +126,35 @@ def measure(name: str, keys: int, model, rate: float) -> list[str]:
     return row
 
 
+def whole(model, prompts: int = 32, group: int = 8, length: int = 128, new: int = 512) -> list[str]:
+    """A row of the table of whole rollouts: every episode has `new` tokens, on both sides."""
+    tokenizer, rng = make_tokenizer(WORDS), random.Random(0)
+    texts = (" ".join(f"w{rng.randrange(200, 9000)}" for _ in range(length - 2)) for _ in range(prompts))
+    questions = [Question(str(i), text, ["-"], "bench") for i, text in enumerate(texts)]
+    runner, tokens = ModelRunner(model, len(tokenizer)), 0
+
+    def ours():
+        nonlocal tokens
+        episodes = rollout(
+            model, tokenizer, Template(""), questions, group_size=group, max_completion_length=new,
+            runner=runner,
+        )  # fmt: skip
+        tokens = sum(len(e.ids) for e in episodes)
+
+    first, again = seconds(ours), min(seconds(ours) for _ in range(2))
+    ids = [render(Template(""), q, tokenizer) for q in questions for _ in range(group)]
+    ids = torch.tensor(ids, device=model.device)
+    theirs = seconds(
+        lambda: model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=new,
+            eos_token_id=None, pad_token_id=0,
+        )
+    )  # fmt: skip
+    rates = len(ids) * new / theirs, tokens / again
+    shown = [f"{theirs:.2f}", f"{first:.2f}", f"{again:.2f}", f"{rates[0]:,.0f}", f"{rates[1]:,.0f}"]
+    return [f"{prompts} x {group}, {length} + {new}", *shown, f"{rates[1] / rates[0]:.1f}x"]
+
+
 def main():
     if not torch.cuda.is_available():
         raise SystemExit("bench/rollout.py --gpu: there is no GPU here")
@@ -119,12 +165,17 @@ def main():
     for name, shape in SHAPES.items():
         model = make_model(*shape)
         rows += [measure(name, keys, model, rate) for keys in KEYS]
+        if name == "0.5B":
+            whole_row = whole(model)
         del model
         torch.cuda.empty_cache()
     packages = ", ".join(
         f"{name} {version(name).partition('+')[0]}" for name in ("torch", "triton", "transformers")
     )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    head = ["prompts x episodes, tokens", "`generate`, s", "ours, first, s", "ours, again, s"]
+    head += ["`generate`, tokens/s", "ours, tokens/s", "ratio"]
+    whole_table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---:"] * len(head), whole_row])
     text = f"""## Decode steps on a GPU
 
 `python bench/rollout.py --gpu`, {date.today()}, {torch.cuda.get_device_properties(0).name}, {packages}.
@@ -133,6 +184,11 @@ def main():
 / graph. A recording includes the compilation of kernels. The gap to SDPA is that of bf16 rounding through all
 layers.
 
-{table}"""
+{table}
+
+Whole rollouts at 0.5B beside one `generate` over the same rows, sampling. The first rollout compiles kernels
+and records graphs; `generate` is timed once.
+
+{whole_table}"""
     print(text)
     write("decode", text)

@@ -2,6 +2,7 @@
 
     pip install trl==1.16.0              # for the comparison only; without it ours is measured alone
     python bench/step.py                 # about four minutes; writes its table into bench/RESULTS.md
+    python bench/step.py --gpu           # on a GPU, about a minute: equal episodes, the shape of Qwen2.5-0.5B
 
 A step is 32 prompts of 6 tokens, 8 episodes of each in one turn, the loss with a KL term to the start model,
 and one step of fused AdamW, all in fp32. The model is a Qwen2 of 0.46 M random weights with 120 logits. The
@@ -15,6 +16,9 @@ whole batch in one pass, and no checkpointing, logging, saving or progress bar. 
 the one before to its own end, so it includes the choice of the questions. Both sides compute the metrics of
 the update; those of the episodes are in TRL's time only.
 
+On a GPU an episode has 128 tokens, and both sides train fp32 weights under bf16 autocast. Ours samples from a
+bf16 copy, as grpo.py does. TRL has 32 episodes in one pass, since the logits of 256 would not fit.
+
 Two threads need both cores for themselves. Next to another program they wait for each other most of the time,
 and the brackets of the table get wide. OMP_WAIT_POLICY=PASSIVE helps there, but it slows a quiet machine, and
 ours the most.
@@ -23,6 +27,7 @@ ours the most.
 import contextlib
 import gc
 import io
+import itertools
 import os
 import platform
 import random
@@ -40,6 +45,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"  # neither side has anything to fetch
 
+import decode
 import torch
 from results import write
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
@@ -51,15 +57,18 @@ from data import Question, mix
 from grpo import advantages, make_batches, update
 from prompts import SEM, render
 from rollout import rollout
+from runner import ModelRunner
 
-PROMPTS, GROUP, PROMPT_TOKENS, VOCABULARY, SEED = 32, 8, 6, 120, 0
-EQUAL, RAGGED = 32, 64  # tokens an episode may have, in the two kinds of episodes
+GPU = "--gpu" in sys.argv
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+PROMPTS, GROUP, PROMPT_TOKENS, VOCABULARY, SEED = 32, 8, 6, 151_936 if GPU else 120, 0
+EQUAL, RAGGED = 128 if GPU else 32, 64  # tokens an episode may have, in the two kinds of episodes
 END = VOCABULARY  # id of the end token: one more than the model knows
 ENDS = list(range(7, 13))  # ids that end an episode as well, in ragged episodes
-WARM_UP, TIMED, BLOCK = 3, 20, 4  # steps; a block of ours follows each block of TRL's
+WARM_UP, TIMED, BLOCK = (2, 4, 2) if GPU else (3, 20, 4)  # steps; a block of ours follows each of TRL's
 CONFIG = Config(
     prompts_per_step=PROMPTS, num_generations=GROUP, learning_rate=1e-5, weight_decay=0.01, beta=0.001,
-    seed=SEED, bf16=False, micro_batch_tokens=1 << 11,  # what grpo.py chooses on a CPU
+    seed=SEED, bf16=GPU, micro_batch_tokens=1 << (14 if GPU else 11),  # on a CPU what grpo.py chooses
 )  # fmt: skip
 
 
@@ -71,9 +80,13 @@ class Times:
     cpu: list[float] = field(default_factory=list)
 
     def start(self):
+        if GPU:
+            torch.cuda.synchronize()
         self.began = time.perf_counter(), time.process_time()
 
     def stop(self):
+        if GPU:
+            torch.cuda.synchronize()
         self.wall.append(time.perf_counter() - self.began[0])
         self.cpu.append(time.process_time() - self.began[1])
 
@@ -92,10 +105,11 @@ WORDS += [f"w{i}" for i in range(VOCABULARY - len(WORDS))] + ["<eos>"]
 
 def make_model(ends: list[int]) -> Qwen2ForCausalLM:
     torch.manual_seed(SEED)
+    layers, width, heads, kv_heads, intermediate = decode.SHAPES["0.5B"][:5] if GPU else (3, 96, 4, 4, 384)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        pad_token_id=0,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=256,
+        tie_word_embeddings=True, pad_token_id=0,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = [END, *ends]
@@ -116,8 +130,12 @@ class Ours:
     """The steps of grpo.py, with the reward of this file."""
 
     def __init__(self, folder: str, tokenizer, questions: list[Question], length: int):
-        self.model, self.reference = (Qwen2ForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-        self.reference.requires_grad_(False)
+        def load(dtype):
+            return Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
+
+        self.model, self.reference = load(torch.float32), load(DTYPE).requires_grad_(False)
+        self.sampling_model = load(DTYPE) if GPU else self.model
+        self.runner = ModelRunner(self.sampling_model, len(tokenizer))
         self.tokenizer, self.questions, self.times = tokenizer, questions, Times()
         self.config = replace(CONFIG, max_completion_length=length)
         self.optimizer = torch.optim.AdamW(
@@ -137,8 +155,8 @@ class Ours:
         config, start = self.config, time.perf_counter()
         questions = mix({"bench": self.questions}, PROMPTS, SEED, number)
         episodes = rollout(
-            self.model, self.tokenizer, SEM, questions, group_size=GROUP, seed=SEED, step=number,
-            max_completion_length=config.max_completion_length,
+            self.sampling_model, self.tokenizer, SEM, questions, group_size=GROUP, seed=SEED, step=number,
+            max_completion_length=config.max_completion_length, runner=self.runner,
         )  # fmt: skip
         sampled = time.perf_counter() - start
         rewards = torch.tensor([reward(e.ids) for e in episodes], dtype=torch.float64).view(PROMPTS, GROUP)
@@ -147,6 +165,9 @@ class Ours:
         metrics = update(
             self.model, self.reference, self.optimizer, batches, config, config.learning_rate, VOCABULARY
         )
+        if GPU:
+            for source, target in zip(self.model.parameters(), self.sampling_model.parameters(), strict=True):
+                target.data.copy_(source.data)
         self.phases.append((sampled, metrics["seconds/score"], metrics["seconds/update"]))
         self.tokens += sum(len(e.prompt_ids) + len(e.ids) for e in episodes)
 
@@ -178,7 +199,7 @@ def race(folder: str, ours: Ours) -> Times:
     prompts = [f"<user> {q.text} <assistant>" for q in ours.questions]
     rendered = [render(SEM, q, ours.tokenizer) for q in ours.questions]
     assert [ours.tokenizer(p).input_ids for p in prompts] == rendered
-    turns = Turns(ours)
+    turns, passes = Turns(ours), 8 if GPU else 1
     trainer = GRPOTrainer(
         model=Qwen2ForCausalLM.from_pretrained(folder),
         reward_funcs=lambda completion_ids, **kwargs: [reward(ids) for ids in completion_ids],
@@ -186,10 +207,11 @@ def race(folder: str, ours: Ours) -> Times:
         processing_class=ours.tokenizer,
         callbacks=[turns],
         args=GRPOConfig(
-            output_dir=f"{folder}/trl", use_cpu=True, bf16=False, gradient_checkpointing=False,
+            output_dir=f"{folder}/trl", use_cpu=not GPU, bf16=GPU, gradient_checkpointing=False,
             report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
-            per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, steps_per_generation=1,
-            gradient_accumulation_steps=1, num_iterations=1, max_steps=WARM_UP + TIMED,
+            per_device_train_batch_size=PROMPTS * GROUP // passes, num_generations=GROUP,
+            steps_per_generation=passes, gradient_accumulation_steps=passes, num_iterations=1,
+            max_steps=WARM_UP + TIMED,
             max_completion_length=ours.config.max_completion_length, temperature=CONFIG.temperature,
             beta=CONFIG.beta, epsilon=CONFIG.epsilon, epsilon_high=CONFIG.epsilon_high,
             loss_type=CONFIG.loss_type, optim="adamw_torch_fused", learning_rate=CONFIG.learning_rate,
@@ -207,10 +229,11 @@ def race(folder: str, ours: Ours) -> Times:
 def measure(kind: str, threads: int, peer: bool) -> list[str]:
     """A row of the table."""
     torch.set_num_threads(threads)
+    length = EQUAL if kind == "equal" else RAGGED
     tokenizer, questions = make_tokenizer(WORDS), make_questions(PROMPTS * (WARM_UP + TIMED))
     with tempfile.TemporaryDirectory() as folder:
         make_model([] if kind == "equal" else ENDS).save_pretrained(folder)
-        ours = Ours(folder, tokenizer, questions, EQUAL if kind == "equal" else RAGGED)
+        ours = Ours(folder, tokenizer, questions, length)
         theirs = race(folder, ours) if peer else ours.steps(WARM_UP + TIMED)
     assert torch.get_num_threads() == threads
     episodes = PROMPTS * GROUP * (WARM_UP + TIMED)
@@ -231,25 +254,27 @@ def main():
         print("trl is not installed: ours is measured alone (pip install trl==1.16.0 for the comparison)")
     head = ["episodes, mean tokens", "threads", "TRL, s", "ours, s", "ratio"]
     head += ["TRL, CPU s", "ours, CPU s", "ratio", "ours, s: rollout + reference + update"]
-    rows = [measure(kind, threads, peer) for kind in ("equal", "ragged") for threads in (2, 1)]
+    kinds = (("equal", 2),) if GPU else itertools.product(("equal", "ragged"), (2, 1))
+    rows = [measure(kind, threads, peer) for kind, threads in kinds]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---:"] * len(head), *rows])
     names = ("torch", "transformers", *(("trl",) if peer else ()))
     packages = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in names)
-    machine = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}"
+    device = f"{torch.cuda.get_device_properties(0).name}, " if GPU else ""
+    machine = f"{device}{os.cpu_count()} CPU cores, Python {platform.python_version()}, {packages}"
     weights = make_model([]).num_parameters() / 1e6
-    text = f"""## One GRPO step: ours beside TRL's GRPOTrainer
+    text = f"""## One GRPO step{" on a GPU" if GPU else ""}: ours beside TRL's GRPOTrainer
 
-`python bench/step.py`, {date.today()}, {machine}.
+`python bench/step.py{" --gpu" if GPU else ""}`, {date.today()}, {machine}.
 Seconds a step: the median of {TIMED} steps (in brackets: the middle half). The two sides alternate every
 {BLOCK} steps. A Qwen2 of {weights:.2f} M weights, {PROMPTS} prompts of {PROMPT_TOKENS} tokens each,
-{GROUP} episodes for each prompt, fp32, with a reference model. Equal episodes have {EQUAL} tokens.
-Ragged ones end by chance, or after {RAGGED}: TRL samples on until the last one ends, and pads all to its
-length.
+{GROUP} episodes for each prompt, {"bf16 autocast" if GPU else "fp32"}, with a reference model.
+Equal episodes have {EQUAL} tokens. Ragged ones end by chance, or after {RAGGED}: TRL samples on until the
+last one ends, and pads all to its length.
 
 {table}"""
     print(text)
     if peer:
-        write("step", text)
+        write("step on a GPU" if GPU else "step", text)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ BLOCK = 4096  # logits of one program of `_sum_blocks`
 
 def sample(logits, u, temperature, vocab_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """As reference.sample."""
-    rows, vocab = len(logits), vocab_size or logits.shape[1]
+    rows, vocab = len(logits), min(vocab_size or logits.shape[1], logits.shape[1])
     if logits.stride(1) != 1:
         raise ValueError("logits: the entries of a row must be adjacent in memory")
     temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)

@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import rollout as module
 import runner
+from cache import SlotCache
 from data import Doc, InputError, Question
 from model import load_model, probe
 from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, encode_result, render
 from retriever import BM25, RetrieverError
 from reward import parse_episode, ssrl
 from rollout import end_ids, rollout, split_by_tokens, uniform_stream
-from runner import SlotCache, sample, step_hidden
+from runner import sample, step_hidden
 
 REAL = Path(os.environ.get("SEM_DATA", "/nowhere"))
 SHAPES = ["qwen2", "qwen3", "llama", "gpt2"]

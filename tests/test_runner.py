@@ -18,12 +18,13 @@ from test_rollout import REFUSED, SHAPES, Shelf, build, questions, random_model,
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+import rollout as loop
 import runner as module
 from config import Config, parse
 from data import InputError
 from grpo import train_step
 from model import load_model, probe
-from prompts import SEM
+from prompts import RESEARCH, SEARCH_R1, SEM, SSRL
 from rollout import rollout
 from run import Run, resolve
 from runner import ModelRunner, attend, round_up
@@ -93,9 +94,9 @@ def make(shape, **options):
     return ModelRunner(build(shape, words()).to(DEVICE), len(words()), **options)
 
 
-def sample(runner, n=7, **options):
+def sample(runner, n=7, template=SEM, **options):
     options = {"slots": 9, "temperature": 1.0, "max_completion_length": 90, "group_size": 3} | options
-    return rollout(runner.model, words(), SEM, questions(n), retriever=Shelf(), runner=runner, **options)
+    return rollout(runner.model, words(), template, questions(n), retriever=Shelf(), runner=runner, **options)
 
 
 def content(episodes):
@@ -159,6 +160,17 @@ def test_the_cache_is_not_longer_than_the_context():
     assert runner.cache is cache
 
 
+@pytest.mark.parametrize("slots, max_len", [(3, 100), (2, 129), (3, 129)])
+def test_a_cache_that_is_too_small_is_replaced(slots, max_len):
+    """Lengths are rounded up to 128 positions, so that a few more tokens need no new cache."""
+    runner = make("llama", slots=2, max_len=100)
+    cache = runner.cache
+    runner.prepare(2, 128, 1.0)
+    assert runner.cache is cache
+    runner.prepare(slots, max_len, 1.0)
+    assert (runner.cache.slots, runner.cache.max_len) == (slots, 128 if max_len == 100 else 256)
+
+
 def test_one_recording_for_each_number_of_rows_in_a_whole_run(graphs, world, lively, monkeypatch):
     """Three steps of training, with an evaluation before and after them. The weights are changed in place, so
     the replayed steps follow them."""
@@ -180,7 +192,7 @@ def test_one_recording_for_each_number_of_rows_in_a_whole_run(graphs, world, liv
         return losses, run.tables, {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
     replayed = train(f"--output_dir={world['output_dir']}-1")
-    assert len(Graph.made) == len(set(rows)) > 1 and len(rows) > 100
+    assert len(Graph.made) == len(set(rows)) > 1 and len(rows) > 20
     eager = train(f"--output_dir={world['output_dir']}-2", "--no-cuda_graphs")
     assert len(Graph.made) == len(set(rows))
     assert replayed[0] == pytest.approx(eager[0], abs=1e-4) and replayed[1] == eager[1]
@@ -227,6 +239,28 @@ def test_graphs_are_for_a_gpu_and_can_be_switched_off(graphs, monkeypatch):
         monkeypatch.setattr(Device, "type", "cpu")
         sample(make("llama"))
         assert not Graph.made
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("slots", [1, 9, 21])
+@pytest.mark.parametrize("template", [SEM, SEARCH_R1, RESEARCH, SSRL], ids=lambda t: t.search + t.result)
+def test_a_gpu_that_is_a_step_ahead_changes_no_episode(monkeypatch, template, slots, temperature):
+    """What is drawn for rows that have ended, wait or ran out of tokens is not used. The last rows of a group
+    run into the length limit, which is the end of the cache too."""
+    if not GPU:
+        monkeypatch.setattr(PreTrainedModel, "device", property(lambda model: Device("cpu")))
+    results = []
+    for every in (1, 8):
+        monkeypatch.setattr(loop, "SERVE_EVERY", every)
+        counts = {}
+        runner = make("llama", cuda_graphs=False)
+        episodes = sample(
+            runner, slots=slots, temperature=temperature, template=template, counts=counts,
+            max_completion_length=45,
+        )  # fmt: skip
+        segments = [[(s.kind, s.ids, s.text) for s in e.segments] for e in episodes]
+        results.append((content(episodes), segments, counts))
+    assert results[0] == results[1] and "length" in {e.stop for e in episodes}
 
 
 class OnTheDevice(TorchDispatchMode):

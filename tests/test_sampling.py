@@ -58,6 +58,12 @@ def test_the_draw_is_that_of_the_twin(vocab, width, temperature, dtype):
     agree(logits, u, temperature, vocab)
 
 
+def test_a_vocabulary_that_is_larger_than_the_head():
+    logits, u = draws(20, 1500, torch.float32)
+    same = zip(sampling.sample(logits, u, 1.0, 1501), sampling.sample(logits, u, 1.0), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_real_vocabulary(temperature):
     logits, u = draws(ROWS // 20, 151_936, torch.bfloat16)
