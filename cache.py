@@ -19,8 +19,8 @@ class SlotCache(Cache):
     max_len + 1, head_dim].
 
     So a row can be extended by one token or by a whole search result, some rows can be stepped without the
-    others, and a slot can be copied or given to another row. The last position is scratch space: the padding
-    inside a ragged step is written there."""
+    others, and a slot can be copied or given to another row. The last position is scratch space: all
+    padding is written there."""
 
     def __init__(self, config, slots: int, max_len: int, device, dtype):
         super().__init__(layers=[])

@@ -292,7 +292,7 @@ def main(config: Config, given: set[str] = frozenset()):
     longest = check_prompts(model, tokenizer, template, [q for rows in sets.values() for q in rows])
     length = longest + config.max_completion_length
     probe(model, tokenizer, length)
-    slots = min(config.batch_size, max(map(len, sets.values())))
+    slots = min(config.batch_size, max(map(len, sets.values())) * max(1, config.samples))
     runner = ModelRunner(model, len(tokenizer), slots, length, config.cuda_graphs)
 
     output = Path(config.output)

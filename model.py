@@ -2,7 +2,7 @@
 
 `load_model` refuses a checkpoint that is incomplete. `check_prompts` refuses prompts that do not fit. `probe`
 refuses a model that the sampler's cache, or the loss, would get wrong. All of them say why in one line,
-before anything is trained. How tokens are sampled is in runner.py.
+before anything is trained. The forward passes of sampling are in runner.py.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
     longest = check_prompts(model, tokenizer, SEM, questions)
@@ -32,7 +32,7 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     names the `flag`, for anything that is missing.
 
     Code that comes with a checkpoint is never run. Attention is SDPA, because the masks of the sampler are
-    boolean."""
+    boolean; only decode steps on a GPU have a kernel of their own (runner.step_hidden)."""
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise InputError(f"{flag} {name}: no such directory")
     try:

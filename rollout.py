@@ -58,8 +58,8 @@ from retriever import RetrieverError
 from runner import ModelRunner
 
 # Decode steps between two looks at the rows that wait: one search for several rows is cheaper than one for
-# each. It is a number of steps and not a time, so that runs can be repeated. On a GPU new rows get the free
-# slots at these looks too.
+# each. It is a number of steps and not a time, so that runs can be repeated. On a GPU free slots are given to
+# new rows only at these moments.
 SERVE_EVERY = 8
 PREFILL_TOKENS = 16384  # padded tokens of one prefill; this bounds the memory of its activations
 
@@ -113,7 +113,8 @@ def rollout(
                     are then used again. Default: a new one.
     force_search    Adds <search> after the first answer, or after the first thought where the template has
                     no draft. These tokens are not the policy's.
-    counts          A dict whose prefill_tokens and decode_tokens are increased by what the model was fed.
+    counts          A dict whose prefill_tokens and decode_tokens are increased by the tokens of episodes that
+                    the model was fed.
 
     Raises InputError if a prompt leaves no room in the model's context."""
     prompts = [render(template, question, tokenizer) for question in questions]
@@ -178,12 +179,12 @@ class SearchLoop:
     @torch.inference_mode()
     def run(self, queue: deque[list[Row]]):
         """Samples all groups of the queue to their ends."""
-        step, every = 0, 1 if self.runner.on_gpu else SERVE_EVERY  # on a GPU, `decode` makes that many steps
+        step, on_gpu = 0, self.runner.on_gpu  # on a GPU one call of `decode` already makes SERVE_EVERY steps
         while queue or any(self.table):
             self.admit(queue)
             waiting = [slot for slot, row in enumerate(self.table) if row and row.waits]
             all_wait = len(waiting) == sum(row is not None for row in self.table)
-            if waiting and (step % every == 0 or all_wait):
+            if waiting and (on_gpu or step % SERVE_EVERY == 0 or all_wait):
                 self.serve(waiting, all_wait)
             if n := self.compact():
                 self.decode(self.table[:n])
@@ -283,24 +284,24 @@ class SearchLoop:
         return n
 
     def decode(self, rows: list[Row]):
-        """Samples tokens for the rows in the first slots. On a CPU it is one for each. On a GPU it is
-        SERVE_EVERY, because the GPU does the next step while this loop works on the last one. A row that ends
-        or waits is then fed on until the loop is over, but what it draws is not used."""
+        """Samples one token for each of the rows in the first slots, or SERVE_EVERY tokens on a GPU. The GPU
+        computes one step while this loop handles the tokens of the step before. A row that ends or waits
+        meanwhile is fed on to the end of the loop, and what is drawn for it is dropped."""
         steps = SERVE_EVERY if self.runner.on_gpu else 1
         last, positions = [row.sampled[-1] for row in rows], [row.length for row in rows]
         u = [next_uniforms(rows, step) for step in range(steps)]
         for drawn in self.runner.decode(last, positions, u):
-            going = [(row, *of_row) for row, *of_row in zip(rows, *drawn, strict=True) if row.decodes]
-            if not going:
-                break
+            going = [(row, token, logp) for row, token, logp in zip(rows, *drawn, strict=True) if row.decodes]
             self.counts["decode_tokens"] += len(going)
             for row, *_ in going:
                 row.length += 1
             self.append_tokens(*zip(*going, strict=True))
+            if not any(row.decodes for row in rows):
+                break
 
     def prefill(self, slots: list[int], chunks: list[list[int]]) -> torch.Tensor:
         """Feeds each slot its chunk of ids, after what the slot already holds. Returns the last logits [rows,
-        vocab] fp32."""
+        V]."""
         rows = [self.table[slot] for slot in slots]
         logits = self.runner.prefill(slots, [row.length for row in rows], chunks)
         for row, chunk in zip(rows, chunks, strict=True):
@@ -321,7 +322,7 @@ class SearchLoop:
                 self.end_turn(row, "eos")
             elif token in self.closers:
                 self.handle_tag(row)
-            if not episode.stop and not row.waits and len(episode.ids) >= row.max_tokens:
+            if row.decodes and len(episode.ids) >= row.max_tokens:
                 self.finish(row, "length")
 
     def handle_tag(self, row: Row):

@@ -241,17 +241,18 @@ class Run:
 
     def resolve_sizes(self, device: str, longest: int):
         """Fills in the sizes of a pass and of the cache, once: a resumed run finds them in run.json. Makes
-        the cache, with the runner that every rollout of the run uses. On a GPU the sizes follow from the free
+        the cache, with the runner of all rollouts but a simulator's. On a GPU the sizes follow from the free
         memory; on a CPU from a fixed budget, and there a small model gets one thread. Raises InputError if
         the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
+        rows = c.prompts_per_step * c.num_generations
         length = min(longest + c.max_completion_length, context_length(self.model.config))
         most_tokens, memory = 1 << 11, 1 << 33  # on a CPU small passes are faster: they stay in its cache
         if device == "cuda":
-            # These are allocated later: gradients, AdamW's moments, autocast's bf16 weights; a chunk of
-            # logits (2 GB); and the logits of a decode step, three times while its graph is recorded.
-            logits = 6 * c.prompts_per_step * c.num_generations * len(self.tokenizer)
+            # Allocated later: gradients, AdamW's moments, autocast's bf16 weights; a chunk of logits (2 GB);
+            # and the logits of a decode step, four times while its graph is recorded.
+            logits = 4 * (2 if c.bf16 else 4) * rows * len(self.tokenizer)
             reserved = (14 if c.bf16 else 12) * parameters + (2 << 30) + logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
         elif parameters < 1e7:
@@ -265,7 +266,6 @@ class Run:
             size = f"{parameters / 1e9:.1f} B parameters and one group of {length} tokens"
             advice = "try --gradient_checkpointing or a smaller --max_completion_length"
             raise InputError(f"{size} do not fit this GPU: {advice}")
-        rows = c.prompts_per_step * c.num_generations
         self.config = replace(
             c,
             micro_batch_tokens=c.micro_batch_tokens

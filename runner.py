@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cache import SlotCache, context_length
 from kernels import sample, use_triton
 
-# cuDNN's attention, torch's first choice on a GPU, is left out: in bf16 it can give other sums each time.
+# cuDNN's attention, torch's first choice on a GPU, is left out: its results in bf16 can differ each time.
 REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -90,7 +90,8 @@ class ModelRunner:
     than they run. A graph is recorded once for each number of rows, which is rounded up, so that there are
     few; they share one pool of memory. All that changes from step to step is read from memory: tokens,
     positions, random numbers, the temperature. If a step cannot be recorded, all steps from then on run by
-    the same code without graphs. So does the step of a graph that gives other logits than the eager step."""
+    the same code without graphs. If a graph gives other logits than the eager step, only steps with its
+    number of rows do. All calls must come from one CUDA stream, because their order there is relied on."""
 
     model: torch.nn.Module
     vocab_size: int  # ids beyond the tokenizer (a padded lm_head) are never sampled
@@ -106,22 +107,26 @@ class ModelRunner:
 
     @torch.inference_mode(False)  # a rollout of a simulator begins inside of another rollout
     def prepare(self, slots: int, max_len: int, temperature: float):
-        """Sets the temperature (0: greedy) of the next rollout, which needs that many slots of that length,
-        and clears the cache: what is masked is multiplied by 0, and a NaN of an earlier rollout would stay
-        one. If the cache is smaller, a larger one takes its place, and the graphs are recorded anew."""
-        # Lengths are rounded up, so that a prompt that is a few tokens longer needs no new cache.
-        max_len = min(-(-max_len // 128) * 128, context_length(self.model.config))
-        if self.cache is None or slots > self.slots or max_len > self.max_len:
-            self.slots, self.max_len = max(slots, self.slots), max(max_len, self.max_len)
+        """Sets the temperature (0: greedy) of the next rollout, and gives it an empty cache with that many
+        slots of that length. Attention multiplies masked values by 0, and a NaN that an earlier rollout has
+        left would still be a NaN after that. On a GPU the cache is used again if it is large enough.
+        Otherwise a larger one takes its place, and the graphs are recorded anew."""
+        if self.on_gpu:
+            # Lengths are rounded up, so that a prompt that is a few tokens longer needs no new cache.
+            max_len = min(-(-max_len // 128) * 128, context_length(self.model.config))
+            slots, max_len = max(slots, self.slots), max(max_len, self.max_len)
+        if self.on_gpu and self.cache is not None and (slots, max_len) == (self.slots, self.max_len):
+            self.cache.clear()
+        else:
+            self.slots, self.max_len = slots, max_len
             self.graphs, self.cache = {}, None  # rows -> (graph, what it draws), or None if it is not used
             config, device, dtype = self.model.config, self.model.device, self.model.dtype
-            self.cache = SlotCache(config, self.slots, self.max_len, device, dtype)
+            self.cache = SlotCache(config, slots, max_len, device, dtype)
             # [3, slots]: token, position and random number of each row, read by a decode step. A row of
             # padding has -1 as its position and its number.
-            self.inputs = torch.zeros(3, self.slots, dtype=torch.float64, device=device)
+            self.inputs = torch.zeros(3, slots, dtype=torch.float64, device=device)
             self.temperature = torch.ones((), device=device)
             self.pool = torch.cuda.graph_pool_handle() if self.cuda_graphs else None
-        self.cache.clear()
         self.temperature.fill_(temperature)
 
     @torch.inference_mode()
@@ -139,12 +144,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def decode(self, tokens: list[int], positions: list[int], u: list[list[float]]):
-        """Feeds each of the first n slots one token at its position, draws the next one, feeds that, and so
-        on: a step for each row of random numbers in u [steps][n]. Yields the tokens and the log-probs of each
-        step, two lists of n. While the caller works on those of one step, a GPU does the next.
+        """Feeds each of the first n slots one token at its position and draws the next token, which is fed in
+        the next step. There are as many steps as u [steps][n] has rows of random numbers. Yields for each
+        step the tokens and their log-probs, two lists of n. While the caller works on those of one step, a
+        GPU computes the next.
 
-        So a GPU goes on feeding a row that has ended. This does no harm, because what it writes lies beyond
-        the length of the row, and is overwritten by whatever is appended to the row or takes its slot."""
+        So a row that has ended is fed on. This does no harm, because every position is written anew before
+        it counts to the length of a row."""
         n = rows = len(tokens)
         # On a GPU shapes do not depend on the rows of the moment, since a graph freezes them. This also holds
         # without graphs, because sums of other shapes are rounded differently. So rows are padded, and the
@@ -155,17 +161,19 @@ class ModelRunner:
             self.inputs[1:, n:rows] = -1
         self.inputs[:2, :n] = torch.tensor([tokens, positions], dtype=torch.float64)
         u = torch.tensor(u, dtype=torch.float64).to(self.inputs.device)
-        before = None
+        previous = None
         for numbers in u:
             self.inputs[2, :n] = numbers
-            drawn = self.replay(rows, kv_len)
-            self.inputs[0, :n] = drawn[0][:n]
+            drawn, logps = self.replay(rows, kv_len)
+            # What was drawn is copied before the next replay, which overwrites it. A row that is fed on past
+            # the end of the cache stays at the last position.
+            self.inputs[0, :n] = drawn[:n]
             self.inputs[1, :n] = (self.inputs[1, :n] + 1).clamp(max=self.max_len - 1)
-            drawn = OnItsWay(drawn[0][:n], drawn[1][:n])
-            if before:
-                yield before.lists()
-            before = drawn
-        yield before.lists()
+            copy = HostCopy(drawn[:n], logps[:n])
+            if previous:
+                yield previous.lists()
+            previous = copy
+        yield previous.lists()
 
     def replay(self, rows: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A decode step, by its graph if there are graphs. Returns the tokens and their log-probs, [rows]
@@ -180,8 +188,8 @@ class ModelRunner:
 
     def step(self, rows: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One decode step of the first `rows` slots: tokens [rows], their log-probs [rows], and the logits.
-        It reads `inputs` and touches nothing on the host, as a CUDA graph requires. A row of padding writes
-        into the scratch position of its slot."""
+        It reads `inputs` and, with the kernels, touches nothing on the host, as a CUDA graph requires. A row
+        of padding writes into the scratch position of its slot."""
         tokens, last, u = self.inputs[:, :rows]
         tokens, last = tokens.long()[:, None], last.long()
         positions = last.clamp(min=0)[:, None]
@@ -202,7 +210,7 @@ class ModelRunner:
             graph.replay()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a failed recording leaves its stream as the current one
-            self.cuda_graphs = False
+            self.cuda_graphs, self.graphs = False, {}
             reason = str(error).splitlines()[0]
             tqdm.write(f"warning: decoding runs without CUDA graphs (see --no-cuda_graphs): {reason}")
             return None
@@ -211,6 +219,7 @@ class ModelRunner:
         gap = (logits - eager).abs().max().item()  # log-probs differ by at most twice as much
         if not gap <= (1e-3 if self.model.dtype == torch.float32 else 5e-2):
             tqdm.write(f"warning: no CUDA graph of {rows} rows: its logits differ by {gap:.2g}")
+            self.pool = torch.cuda.graph_pool_handle()  # torch cannot use the pool of a discarded graph again
             return None
         return graph, drawn
 
@@ -226,14 +235,14 @@ class ModelRunner:
         return tokens.tolist(), logps.tolist()
 
 
-class OnItsWay:
-    """Tokens and log-probs [n] that are copied from a GPU to the host, while the host does something else."""
+class HostCopy:
+    """A copy of tokens and log-probs [n] to the host, which runs while the host does something else."""
 
     def __init__(self, tokens: torch.Tensor, logps: torch.Tensor):
         self.both = torch.stack([tokens.double(), logps.double()]).to("cpu", non_blocking=True)  # exact
-        self.arrived = torch.cuda.Event() if tokens.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+        self.arrived = None
+        if tokens.is_cuda:
+            self.arrived = torch.cuda.current_stream(tokens.device).record_event()
 
     def lists(self) -> tuple[list[int], list[float]]:
         if self.arrived:

@@ -25,7 +25,6 @@ from data import Doc, InputError, Question
 from prompts import Template
 from retriever import BM25, RetrieverError
 from rollout import rollout
-from runner import ModelRunner
 
 # The wording is ours. About 30 words a document, 600 tokens and temperature 0.8 are those of the paper's
 # code.
@@ -86,7 +85,6 @@ class ModelSimulator(Simulator):
     def __init__(self, model, tokenizer, seed: int):
         super().__init__(seed)
         self.model, self.tokenizer = model, tokenizer
-        self.runner = ModelRunner(model, len(tokenizer))
 
     def search(self, queries: list[str], k: int, questions: list[Question]) -> list[list[Doc]]:
         """Sampled documents for each query. The random numbers of a query depend on its place among the
@@ -104,7 +102,7 @@ class ModelSimulator(Simulator):
             try:
                 episodes = rollout(
                     self.model, self.tokenizer, template, requests, temperature=0.8,
-                    max_completion_length=600, seed=self.seed, step=self.step, runner=self.runner,
+                    max_completion_length=600, seed=self.seed, step=self.step,
                 )  # fmt: skip
             except InputError as error:
                 raise RetrieverError(f"the simulator: {error}") from error

@@ -1,7 +1,7 @@
-"""The time of a decode step on a GPU, beside the time to read what it has to read. And the time of whole
-rollouts, beside transformers' `generate`.
+"""Measures a decode step on a GPU and compares it with the time to read its weights, keys and values. It also
+compares whole rollouts with transformers' `generate`.
 
-    python bench/rollout.py --gpu        # two minutes; writes its tables into bench/RESULTS.md
+    python bench/rollout.py --gpu        # about two minutes; writes its tables into bench/RESULTS.md
 
 Models of the shapes of Qwen2.5, with random weights in bf16, and a cache of random numbers in which all rows
 have the same length. A step is the whole of `ModelRunner.step`: the model, the logits of all tokens, and the
@@ -29,11 +29,8 @@ from prompts import Template, render
 from rollout import rollout
 from runner import ModelRunner
 
-ROWS, KEYS, VOCABULARY = (
-    256,
-    (640, 2048),
-    151_665,
-)  # VOCABULARY counts the tokenizer's tokens; the head is wider
+ROWS, KEYS = 256, (640, 2048)
+VOCABULARY = 151_665  # tokens of the tokenizer; the head has more columns
 WORDS = "<pad> <eos> <user> <assistant>".split()
 WORDS += [f"w{i}" for i in range(len(WORDS), VOCABULARY)]
 SHAPES = {  # layers, width, heads, key-value heads, intermediate size, width of the head, tied
@@ -127,7 +124,7 @@ def measure(name: str, keys: int, model, rate: float) -> list[str]:
 
 
 def whole(model, prompts: int = 32, group: int = 8, length: int = 128, new: int = 512) -> list[str]:
-    """A row of the table of whole rollouts: every episode has `new` tokens, on both sides."""
+    """A row of the table of whole rollouts: up to `new` tokens for each episode (1 in 150,000 ends ours)."""
     tokenizer, rng = make_tokenizer(WORDS), random.Random(0)
     texts = (" ".join(f"w{rng.randrange(200, 9000)}" for _ in range(length - 2)) for _ in range(prompts))
     questions = [Question(str(i), text, ["-"], "bench") for i, text in enumerate(texts)]
@@ -144,12 +141,10 @@ def whole(model, prompts: int = 32, group: int = 8, length: int = 128, new: int 
     first, again = seconds(ours), min(seconds(ours) for _ in range(2))
     ids = [render(Template(""), q, tokenizer) for q in questions for _ in range(group)]
     ids = torch.tensor(ids, device=model.device)
-    theirs = seconds(
-        lambda: model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=new,
-            eos_token_id=None, pad_token_id=0,
-        )
-    )  # fmt: skip
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": True, "top_k": 0}
+    options |= {"eos_token_id": None, "pad_token_id": 0}
+    model.generate(ids, max_new_tokens=2, **options)  # warm-up
+    theirs = seconds(lambda: model.generate(ids, max_new_tokens=new, **options))
     rates = len(ids) * new / theirs, tokens / again
     shown = [f"{theirs:.2f}", f"{first:.2f}", f"{again:.2f}", f"{rates[0]:,.0f}", f"{rates[1]:,.0f}"]
     return [f"{prompts} x {group}, {length} + {new}", *shown, f"{rates[1] / rates[0]:.1f}x"]
@@ -187,7 +182,7 @@ layers.
 {table}
 
 Whole rollouts at 0.5B beside one `generate` over the same rows, sampling. The first rollout compiles kernels
-and records graphs; `generate` is timed once.
+and records graphs; "again" is the better of two more. `generate` is timed once, after a short call.
 
 {whole_table}"""
     print(text)

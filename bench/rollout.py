@@ -1,7 +1,7 @@
 """CPU seconds of a rollout beside transformers' `generate`: one process, one thread, the same tokens.
 
     python bench/rollout.py              # about ten minutes; writes its tables into bench/RESULTS.md
-    python bench/rollout.py --gpu        # on a GPU, under a minute: decode steps, see decode.py
+    python bench/rollout.py --gpu        # on a GPU, about two minutes: see decode.py, and `gpu` below
 
 Episodes of several turns: the peer is the loop of TRL and Search-R1. It calls `generate` until every row of
 the batch has searched or ended, then it appends all results, and then it calls `generate` again over the
@@ -196,7 +196,7 @@ def result_ids(context: list[int], prompt: int, row: Row) -> list[list[int]]:
 
 
 def clock(model) -> float:
-    """CPU seconds, or on a GPU seconds at which it has done all that it was given to do."""
+    """CPU seconds. On a GPU it is wall-clock seconds, read after the GPU has finished all its work."""
     if model.device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -295,7 +295,7 @@ def gpu():
 
 `python bench/rollout.py --gpu`, {date.today()}, {torch.cuda.get_device_properties(0).name}. 256 rows, the
 layers of Qwen2.5-0.5B with random weights in bf16, and {VOCABULARY:,} tokens. Seconds, with the recording of
-graphs. The peer and the columns are those of the table above.
+graphs. The peer and the columns are those of "Rollouts: ours beside a loop over `generate`".
 
 {table}"""
     print(text)

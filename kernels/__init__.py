@@ -1,5 +1,6 @@
-"""The computations that have kernels of their own: the GRPO loss at the language-model head (with log-probs,
-entropy and KL), and of a decode step, in which each row has one new token, the attention and the draw.
+"""The computations that have kernels of their own: the GRPO loss at the language-model head, with log-probs,
+entropy and KL; and two parts of a decode step (a step with one new token for each row), the attention and the
+draw.
 
     loss, stats = grpo_loss(hidden, weight, target, old_logps, ref_logps, advantages, scale,
                             epsilon=0.2, epsilon_high=0.2, beta=0.001)
@@ -7,9 +8,9 @@ entropy and KL), and of a decode step, in which each row has one new token, the 
     tokens, logps = sample(logits, u, temperature, vocab_size)
 
 reference.py     the loss of rows of logits, its gradient, and the draw, in plain torch; read this first
-chunked.py       the two functions above: for one chunk of rows at a time, the product that makes the logits,
-                 their loss, and the products that carry its gradient back. The logits of all tokens of a
-                 batch would be the largest tensor of the training, so only those of one chunk exist at a time
+chunked.py       `grpo_loss` and `token_logps`, for one chunk of rows at a time: the product that makes the
+                 logits, their loss, and the products that carry its gradient back. The logits of all tokens
+                 of a batch would be the largest tensor of the training, so only those of one chunk exist
 triton_loss.py   reference.py as one Triton kernel
 attention.py     a Triton kernel for the attention of a decode step, which runner.py calls
 sampling.py      the draw of reference.py as two Triton kernels

@@ -6,8 +6,9 @@ once, and those of one block a second time. With z_j = log2(e) logits_j / temper
 
     _sum_blocks   for each block b of a row: top_b = max z_j and sum_b = sum 2^(z_j - top_b)
     _pick         weight_b = sum_b 2^(top_b - max top_b) is the probability of block b, times a constant. The
-                  cumulative sum of the weights says in which block the token is, and what is left of u there.
-                  The cumulative sum of 2^(z_j - top_b) in this block says which of its tokens it is.
+                  cumulative sum of the weights shows which block holds the token. The sum before this block
+                  is subtracted from the target, u times the total. The rest is looked up in the cumulative
+                  sum of 2^(z_j - top_b) inside the block.
 
 The sums are in fp64, the terms in fp32. So a cumulative sum differs by about 1e-8 from that of
 reference.sample, whose terms are rounded in other places.
@@ -52,8 +53,8 @@ def _sum_blocks(logits, stride, vocab, temperature, tops, sums, blocks, BLOCK: t
     z = _load(logits + row * stride, block * BLOCK, vocab, BLOCK).to(tl.float32)
     t = tl.load(temperature)
     unit = LOG2E / tl.where(t > 0.0, t, 1.0)  # 0 is greedy; its log-probs are those of temperature 1
-    top = tl.maximum(tl.max(z, 0) * unit, FLOOR)
-    e = tl.exp2(tl.fma(z, unit, -top)).to(tl.float64)
+    top = tl.maximum(tl.max(z, 0), FLOOR)
+    e = tl.exp2(tl.fma(z, unit, -top * unit)).to(tl.float64)
     tl.store(tops + row * blocks + block, top)
     tl.store(sums + row * blocks + block, tl.sum(e, 0))
 
@@ -66,28 +67,29 @@ def _pick(
     row, b, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS), tl.arange(0, BLOCK)
     top_b = tl.load(tops + row * blocks + b, mask=b < blocks, other=FLOOR)
     sum_b = tl.load(sums + row * blocks + b, mask=b < blocks, other=0.0)
-    top = tl.max(top_b, 0)
-    weight = sum_b * tl.exp2((top_b - top).to(tl.float64))
-    total = tl.sum(weight, 0)
-    target = tl.load(u + row * u_stride) * total
     t = tl.load(temperature)
     greedy, unit = t == 0.0, LOG2E / tl.where(t > 0.0, t, 1.0)
+    highest = tl.max(top_b, 0)
+    top = highest * unit
+    weight = sum_b * tl.exp2((top_b * unit - top).to(tl.float64))
+    total = tl.sum(weight, 0)
+    target = tl.load(u + row * u_stride) * total
 
     # The first block whose cumulative sum exceeds the target; with temperature 0 the first with the maximum.
-    passes = tl.where(greedy, top_b == top, tl.cumsum(weight, 0) > target)
+    passes = tl.where(greedy, top_b == highest, (tl.cumsum(weight, 0) > target) & (weight > 0.0))
     block = tl.min(tl.where(passes, b, BLOCKS), 0)
     # If u is close to 1, rounding can leave the sum below the target. Then it is the last block that counts.
     block = tl.where(block == BLOCKS, tl.max(tl.where(weight > 0.0, b, 0), 0), block)
     rest = target - tl.sum(tl.where(b < block, weight, 0.0), 0)
 
     z = _load(logits + row * stride, block * BLOCK, vocab, BLOCK).to(tl.float32)
-    here = tl.sum(tl.where(b == block, top_b, 0.0), 0)
+    here = tl.sum(tl.where(b == block, top_b, 0.0), 0) * unit
     e = tl.exp2(tl.fma(z, unit, -here))
     share = tl.cumsum(e.to(tl.float64), 0) * tl.exp2((here - top).to(tl.float64))
     passes = tl.where(greedy, z == tl.max(z, 0), (share > rest) & (e > 0.0))
     token = tl.min(tl.where(passes, place, BLOCK), 0)
     token = tl.where(token == BLOCK, tl.max(tl.where(e > 0.0, place, 0), 0), token)
     z_token = tl.sum(tl.where(place == token, z, 0.0), 0)
-    logp = (z_token * unit - top).to(tl.float64) - tl.log2(total)
+    logp = tl.fma(z_token, unit, -top).to(tl.float64) - tl.log2(total)
     tl.store(tokens + row, (block * BLOCK + token).to(tl.int64))
     tl.store(logps + row, (logp / LOG2E).to(tl.float32))
