@@ -76,6 +76,7 @@ def _pick(
     target = tl.load(u + row * u_stride) * total
 
     # The first block whose cumulative sum exceeds the target; with temperature 0 the first with the maximum.
+    # The parts of a parallel sum can differ in their last bits, so what has no probability is excluded too.
     passes = tl.where(greedy, top_b == highest, (tl.cumsum(weight, 0) > target) & (weight > 0.0))
     block = tl.min(tl.where(passes, b, BLOCKS), 0)
     # If u is close to 1, rounding can leave the sum below the target. Then it is the last block that counts.

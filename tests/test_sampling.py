@@ -81,6 +81,15 @@ def test_the_ends_of_the_distribution():
     agree(logits, u, 0.0, 5000)
 
 
+def test_the_largest_u_with_many_blocks(monkeypatch):
+    """Sums of many terms in different orders differ in their last bits. So the cumulative sum can end below u
+    times the total, and then the last token that has a probability is drawn."""
+    monkeypatch.setattr(sampling, "BLOCK", 16)
+    logits, u = draws(12, 400, torch.float32)
+    logits[:, 360:] = -torch.inf
+    agree(logits, torch.full_like(u, 1 - 2.0**-53), 1.0, 400)
+
+
 def test_equal_logits_and_large_ones():
     u = torch.arange(16, device=DEVICE).double() / 16 + 1 / 32
     tokens, _ = sampling.sample(torch.zeros(16, 1600, device=DEVICE), u, 1.0)
