@@ -121,7 +121,7 @@ def _visit_row(
         share = g / total
         last = (width - 1) // BLOCK * BLOCK
         ahead = _load(logits, last, vocab, BLOCK)
-        for back in range(0, width, BLOCK):  # backwards: the end of the row was read last and is cached
+        for back in range(0, width, BLOCK):  # backwards: its end was read last, so it may still be cached
             z = ahead.to(tl.float32)
             ahead = _load(logits, tl.maximum(last - back - BLOCK, 0), vocab, BLOCK)
             e = tl.exp2(tl.fma(z, unit, -top))  # 0 past the vocabulary

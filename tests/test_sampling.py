@@ -106,13 +106,14 @@ def test_small_probabilities_are_told_apart():
 
 
 def test_the_greedy_token_is_the_largest_logit():
-    """Also where two logits are so close that their products with log2(e) are the same number."""
-    logits = torch.linspace(1.4, 1.9, 3000, device=DEVICE).repeat(4, 1)
-    for row, at in enumerate((5, 1030, 2047, 2999)):
-        logits[row, at] = torch.tensor(1.95).nextafter(torch.tensor(2.0))
-        logits[row, at - 5 : at] = 1.95
-    tokens, _ = sampling.sample(logits, torch.rand(4, dtype=torch.float64, device=DEVICE), 0.0)
-    assert tokens.tolist() == [5, 1030, 2047, 2999]
+    """Also where the logit of an earlier block is so close that the products with log2(e) are the same."""
+    close = torch.linspace(1.5, 1.9, 100)
+    above, log2e = close.nextafter(torch.tensor(2.0)), torch.tensor(1.4426950408889634)
+    place = (close * log2e == above * log2e).nonzero()[0, 0]
+    logits = torch.zeros(1, 3000, device=DEVICE)
+    logits[0, 3], logits[0, 2500] = close[place], above[place]
+    tokens, _ = sampling.sample(logits, torch.tensor([0.3], dtype=torch.float64, device=DEVICE), 0.0)
+    assert tokens.tolist() == [2500]
 
 
 def test_a_temperature_next_to_0():
