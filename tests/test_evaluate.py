@@ -141,6 +141,9 @@ def script(monkeypatch):
 
         monkeypatch.setattr(rollout, "uniform_stream", lambda n, seed, step, row: [float(row)] * n)
         monkeypatch.setattr(runner, "sample", scripted)
+        monkeypatch.setattr(
+            rollout, "SERVE_EVERY", 1
+        )  # a GPU that is a step ahead would read on in the script
         monkeypatch.setattr(evaluate, "rollout", spied)
 
     start(episode)
