@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from worlds import VOCABULARY, episodes_with_results, run_main, timeless, write_world
+from worlds import VOCABULARY, episodes_with_results, lively_reward, run_main, timeless, write_world
 
 import grpo
 import kernels
 from config import Config
-from data import Episode, InputError, Question, Segment
+from data import Episode, InputError, Question, Segment, load_sets, mix
 from measures import step_metrics
 from retriever import BM25, Remote
 from reward import METHODS, REWARDS, Reward
@@ -297,6 +297,74 @@ def test_every_iteration_needs_one_forward_pass(model, iterations):
     assert first["kl"] > 1e-3 and second["loss"] != first["loss"]
 
 
+@pytest.mark.parametrize("flag, side, other", [("epsilon", "low", "high"), ("epsilon_high", "high", "low")])
+def test_each_side_of_the_clip_has_its_flag(model, flag, side, other):
+    """One side is clipped at a ratio of 1, and the other side never."""
+    bounds = {"epsilon": 1.0, "epsilon_high": 1e6} | {flag: 0.0}
+    config = replace(CONFIG, micro_batch_tokens=10_000, num_iterations=2, beta=0.0, **bounds)
+    batches = grpo.make_batches(episodes_with_results(), list(ADVANTAGE), config, "cpu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    metrics = grpo.update(model, None, optimizer, batches, config, 0.02, VOCABULARY)
+    assert metrics[f"iteration_2/clip_ratio/{side}_mean"] > 0
+    assert metrics[f"iteration_2/clip_ratio/{other}_mean"] == 0
+
+
+def test_batches_can_be_used_again(model):
+    """What an earlier update has stored in them, with other weights and a reference, changes nothing."""
+    config, other = replace(CONFIG, micro_batch_tokens=30, num_iterations=2, beta=0.5), copy.deepcopy(model)
+
+    def update(model, reference, batches):
+        optimizer = torch.optim.AdamW(model.parameters())
+        metrics = grpo.update(model, reference, optimizer, batches, config, 0.02, VOCABULARY)
+        return {name: value for name, value in metrics.items() if "seconds" not in name}
+
+    used, fresh = (
+        grpo.make_batches(episodes_with_results(), list(ADVANTAGE), config, "cpu") for _ in range(2)
+    )
+    for _ in range(2):  # in the second update the weights are others than those of `model`
+        update(other, copy.deepcopy(model), used)
+    expected = update(copy.deepcopy(model), None, fresh)
+    assert update(model, None, used) == expected and "kl" not in expected
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_is_the_precision_of_the_layers_and_of_the_head(model, bf16):
+    config = replace(CONFIG, micro_batch_tokens=10_000)
+    [batch] = grpo.make_batches(episodes_with_results(), list(ADVANTAGE), config, "cpu")
+    dtype, seen = torch.bfloat16 if bf16 else torch.float32, []
+    projection = model.base_model.layers[0].mlp.up_proj
+    projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert grpo.hidden_states(model, batch, bf16).dtype == dtype and seen == [dtype]
+    assert projection.weight.dtype == torch.float32
+
+
+def test_how_far_the_sampler_and_the_policy_are_apart(model):
+    """The mean and the largest distance of their log-probs, over the tokens of all micro-batches. The largest
+    one is in the first micro-batch, and there the sampler's is the higher one."""
+    config = replace(CONFIG, micro_batch_tokens=30, beta=0.0)
+    batches = grpo.make_batches(episodes_with_results(), list(ADVANTAGE), config, "cpu")
+    for number, b in enumerate(batches):
+        b.sampled_logps = grpo.token_logps(model, b, config, VOCABULARY) - 0.25 * (-1) ** number
+    batches[0].sampled_logps[0] += 3.25
+    metrics = grpo.update(model, None, torch.optim.SGD(model.parameters()), batches, config, 0.1, VOCABULARY)
+    tokens = sum(len(b.target) for b in batches)
+    assert len(batches) > 2 and metrics["sampler_logp_diff/max"] == pytest.approx(3.0, abs=1e-4)
+    assert metrics["sampler_logp_diff/mean"] == pytest.approx(0.25 + 2.75 / tokens, abs=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_computed_again_only_with_the_flag(model, checkpointing):
+    """transformers does it in train mode alone. The model is in eval mode before and after an update."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.eval()
+    passes, config = [], replace(CONFIG, micro_batch_tokens=10_000, beta=0.0)
+    model.base_model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: passes.append(None))
+    batches = grpo.make_batches(episodes_with_results(), list(ADVANTAGE), config, "cpu")
+    grpo.update(model, None, torch.optim.SGD(model.parameters()), batches, config, 0.1, VOCABULARY)
+    assert len(passes) == (2 if checkpointing else 1) and not model.training
+
+
 def test_update_needs_no_signal_handler(model):
     """Only `train` installs handlers. An update works without them, also outside of the main thread,
     where Python can install none."""
@@ -362,6 +430,60 @@ def test_the_weights_move_and_the_first_step_is_on_policy(world, lively):
     assert len(row["ids"]) == len(row["loss_mask"]) == sum(s["tokens"] for s in row["segments"])
 
 
+def test_what_a_step_samples_is_set_by_the_flags(world, lively, monkeypatch):
+    """Questions and random numbers depend on the seed and on the step."""
+    calls, real = [], grpo.rollout
+
+    def spied(model, tokenizer, template, questions, **options):
+        calls.append((questions, options))
+        return real(model, tokenizer, template, questions, **options)
+
+    monkeypatch.setattr(grpo, "rollout", spied)
+    budget = {"max_searches": 2, "topk": 1, "max_doc_tokens": 7, "max_completion_length": 20}
+    same = budget | {"seed": 5, "temperature": 0.9}
+    flags = {name: str(value) for name, value in same.items()} | {"rollout_slots": "8", "max_steps": "3"}
+    assert run_main(world | flags) == 0
+    sources = load_sets(world["train"], "train")
+    for step, (questions, options) in enumerate(calls):
+        assert questions == mix(sources, 4, 5, step)
+        expected = same | {"step": step, "slots": 8, "group_size": 4}
+        assert {name: options[name] for name in expected} == expected
+    assert len(calls) == 3
+    rows = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert all(row["prefill_tokens"] > 0 and row["decode_tokens"] > 0 for row in rows)
+
+
+def test_columns_beyond_the_vocabulary_are_in_no_softmax(world, model, lively):
+    """Heads are often padded to a round width. The sampler and the loss read the same columns."""
+    model.resize_token_embeddings(VOCABULARY + 8)
+    model.save_pretrained(world["model"])
+    assert run_main(world | {"max_steps": "1"}) == 0
+    [row] = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert row["sampler_logp_diff/max"] < 1e-4
+
+
+def test_sampler_policy_and_reference_have_one_temperature(world, lively):
+    """The first step is on policy at any temperature, and its KL is 0."""
+    assert run_main(world | {"max_steps": "1", "temperature": "0.6"}) == 0
+    [row] = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert row["sampler_logp_diff/max"] < 1e-4 and row["kl"] < 1e-6
+
+
+def test_the_optimizer_has_the_learning_rate_that_is_logged(world, lively, monkeypatch):
+    """It rises during the warm-up, and then it is constant."""
+    real, used = torch.optim.AdamW.step, []
+
+    def step(self, *args, **options):
+        used.append([group["lr"] for group in self.param_groups])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert run_main(world | {"warmup_steps": "3", "learning_rate": "0.003"}) == 0
+    logged = [row["learning_rate"] for row in timeless(Path(world["output_dir"]) / "metrics.jsonl")]
+    assert logged == pytest.approx([0.001, 0.002, 0.003, 0.003])
+    assert used == [[lr, lr] for lr in logged]
+
+
 def test_a_policy_has_no_dropout(lively, tmp_path):
     """Dropout would change the first ratio from 1 and the first KL from 0. It must be off even under gradient
     checkpointing, which needs train mode."""
@@ -416,6 +538,19 @@ def test_a_gradient_that_is_not_finite_is_not_applied(world, lively, monkeypatch
     assert run_main(world | {"max_steps": "2"}) == 0
     assert "no finite gradient" in "".join(capsys.readouterr())
     assert_equal(weights(world["model"]), weights(world["output_dir"]))
+
+
+def test_a_gradient_that_is_not_finite_is_gone_in_the_next_step(world, lively, monkeypatch):
+    real, scales = kernels.grpo_loss, iter([math.nan])
+
+    def broken_once(hidden, *args, **kwargs):
+        loss, stats = real(hidden, *args, **kwargs)
+        return loss * next(scales, 1.0), stats
+
+    monkeypatch.setattr(kernels, "grpo_loss", broken_once)
+    assert run_main(world | {"max_steps": "2"}) == 0
+    norms = [row["grad_norm"] for row in timeless(Path(world["output_dir"]) / "metrics.jsonl")]
+    assert math.isnan(norms[0]) and norms[1] > 0
 
 
 def test_a_step_that_is_all_masked_is_skipped(world, lively, monkeypatch, capsys):
@@ -534,6 +669,43 @@ def test_a_failed_search_is_in_no_group(world, monkeypatch):
     assert all(("reward" in row) == (row["stop"] != "search_failed") for row in rows)
 
 
+def test_beside_failed_searches_every_episode_has_its_own_advantage(world, lively, monkeypatch):
+    """The first episode of each group fails. The others are compared among themselves."""
+    rollout, make_batches, trained = grpo.rollout, grpo.make_batches, []
+
+    def first_fails(*args, **options):
+        episodes = rollout(*args, **options)
+        for episode in episodes[::4]:
+            episode.stop = "search_failed"
+        return episodes
+
+    def spied(episodes, advantage, *args):
+        trained.extend(zip(episodes, advantage, strict=True))
+        return make_batches(episodes, advantage, *args)
+
+    monkeypatch.setattr(grpo, "rollout", first_fails)
+    monkeypatch.setattr(grpo, "make_batches", spied)
+    assert run_main(world | {"max_steps": "1", "loss_type": "dr_grpo"}) == 0
+    rewards = [lively_reward(e, e.question)["reward"] for e, _ in trained]
+    means = [sum(rewards[i : i + 3]) / 3 for i in range(0, 12, 3)]
+    assert [a for _, a in trained] == pytest.approx([r - means[i // 3] for i, r in enumerate(rewards)])
+    assert len({a for _, a in trained}) > 3
+
+
+@pytest.mark.parametrize("tau, share", [("0.6", 0.0), ("0.7", 1.0)])
+def test_a_suspect_has_a_draft_below_tau(world, monkeypatch, tau, share):
+    """In each group one episode is paid without a search, and the drafts of the others have an F1 of 0.6."""
+
+    def reward(episode, question, *, group, **options):
+        searched = float(episode is not group[0])
+        return {"reward": 1.0 - searched, "f": 1.0, "s": searched, "f1_a1": 0.6}
+
+    monkeypatch.setitem(METHODS, "sem", replace(METHODS["sem"], reward=reward))
+    assert run_main(world | {"max_steps": "1", "tau": tau}) == 0
+    [row] = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert row["sandbag_suspects"] == share
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the loop
 
@@ -597,3 +769,20 @@ def test_ten_steps_without_a_finite_gradient_stop_the_run(world, monkeypatch, no
         assert (Path(world["output_dir"]) / "checkpoint-10" / "trainer_state.json").exists()
     else:
         assert run_main(flags) == 0
+
+
+@pytest.mark.parametrize(
+    "figures, warning",
+    [
+        ({}, None),
+        ({"completions/clipped_ratio": 0.6}, "raise --max_completion_length"),
+        ({"completions/clipped_ratio": 0.5}, None),
+        ({"frac_reward_zero_std": 1.0}, "no policy gradient"),
+        ({"frac_reward_zero_std": 0.9}, None),
+        ({"grad_norm": math.inf}, "no finite gradient"),
+    ],
+)
+def test_a_step_that_teaches_little_is_warned_of(capsys, figures, warning):
+    assert grpo.warn(GOOD_STEP | figures) == ("grad_norm" in figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (warning is not None) and all(warning in line for line in lines)
