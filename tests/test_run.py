@@ -10,20 +10,24 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from worlds import arguments, run_main, timeless
+from test_grpo import GOOD_STEP
+from worlds import arguments, episodes_with_results, run_main, timeless
 
 import grpo
 import run as module
-from config import TOY, Config
+from config import TOY, Config, parse
 from data import InputError
+from retriever import BM25
 from reward import METHODS
 from run import Signals, checkpoints, hold_signals, resolve
+from simulator import CorpusSimulator, ModelSimulator
 
 ROOT = Path(__file__).parent.parent
 LOGS = "metrics.jsonl", "transcripts.jsonl"
@@ -493,3 +497,285 @@ def test_a_full_gpu_is_one_line(world, lively, monkeypatch, handlers, where, sav
     assert "\n" not in str(error.value)
     assert steps_of(world) == [1, 2]
     assert [p.name for p in checkpoints(Path(world["output_dir"]))] == saved
+
+
+@pytest.mark.parametrize("call, saved", [(5, ["checkpoint-2"]), (6, [])])
+def test_a_gpu_that_is_full_between_two_updates_leaves_no_checkpoint(
+    world, lively, monkeypatch, handlers, call, saved
+):
+    """Each step makes two updates. In the first backward pass of step 3 the weights are still those of step
+    2, and in the second one they are those of no step."""
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.Tensor, "backward", at_the_end_of(torch.Tensor.backward, call, full))
+    with pytest.raises(InputError, match="out of GPU memory in step 3"):
+        run_main(world | {"save_steps": "50", "num_iterations": "2"})
+    assert [p.name for p in checkpoints(Path(world["output_dir"]))] == saved
+
+
+@pytest.mark.parametrize("moment", ["write_model", "flush"])
+def test_a_second_signal_does_not_break_the_checkpoint_of_the_first(
+    world, lively, monkeypatch, handlers, moment
+):
+    """The first signal drops the step under way. The second one comes while the steps before it are saved,
+    at the beginning or at the end."""
+    owner = module.Run if moment == "write_model" else module
+    real = getattr(owner, moment)
+
+    def interrupted(*args):
+        terminate()
+        return real(*args)
+
+    monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 2, terminate))
+    monkeypatch.setattr(owner, moment, interrupted)
+    assert run_main(world | {"save_steps": "50"}) == 130
+    out = Path(world["output_dir"])
+    assert [p.name for p in checkpoints(out)] == ["checkpoint-1"] and not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_after_a_checkpoint_a_signal_stops_the_run_at_once(
+    world, lively, monkeypatch, handlers, capsys, disk_is_full
+):
+    """Only while a checkpoint is written do signals wait for it, whether or not that succeeds."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    if disk_is_full:
+        monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 2, terminate))
+    assert run_main(world | {"save_steps": "1"}) == 130
+    assert steps_of(world) == [1]
+    assert ("checkpoint-1 was not written" in capsys.readouterr().out) == disk_is_full
+
+
+# ------------------------------------------------------------------------------------------------------------
+# more about checkpoints and resuming
+
+
+def test_the_copy_that_samples_follows_the_weights(world, lively, monkeypatch):
+    """With bf16 a copy of the model samples. It gets the weights of a checkpoint that a run is resumed from,
+    and those after every update."""
+    real, sampling = grpo.rollout, []
+
+    def spied(model, *args, **options):
+        sampling.append({name: p.detach().cpu().clone() for name, p in model.named_parameters()})
+        return real(model, *args, **options)
+
+    out = Path(world["output_dir"])
+    assert run_main(world | {"max_steps": "1"}, "--bf16") == 0
+    trained = [load_file(out / "checkpoint-1" / "model.safetensors")]
+    monkeypatch.setattr(grpo, "rollout", spied)
+    assert run_main({"output_dir": str(out), "max_steps": "3"}, "--resume", "--bf16") == 0
+    trained.append(load_file(out / "checkpoint-2" / "model.safetensors"))
+    for copy, weights in zip(sampling, trained, strict=True):
+        assert copy.keys() == weights.keys()
+        assert all(torch.equal(copy[name], weight.bfloat16()) for name, weight in weights.items())
+
+
+def test_a_resume_changes_no_setting_but_those_given(world, lively):
+    """This includes the sizes, which were computed from the memory that was free at the start."""
+    sizes = {"rollout_slots": "8", "micro_batch_tokens": "100"}
+    assert run_main(world | sizes | {"max_steps": "1"}) == 0
+    stored = Path(world["output_dir"]) / "run.json"
+    before = json.loads(stored.read_text())
+    finish(world, 2)
+    assert json.loads(stored.read_text()) == before | {"max_steps": 2}
+    assert (before["rollout_slots"], before["micro_batch_tokens"]) == (8, 100)
+
+
+def test_what_a_killed_run_has_left_is_in_no_checkpoint(world, lively):
+    left = Path(world["output_dir"]) / "checkpoint-1.tmp"
+    left.mkdir(parents=True)
+    (left / "half-of-it").write_text("")
+    assert run_main(world | {"max_steps": "1"}) == 0
+    [checkpoint] = checkpoints(left.parent)
+    assert not (checkpoint / "half-of-it").exists() and not left.exists()
+
+
+def test_the_table_of_other_data_sets_is_not_compared_with(world, lively):
+    sets = {"eval": world["train"], "eval_size": "4"}
+    assert run_main(world | sets | {"max_steps": "1"}) == 0
+    path = Path(world["output_dir"]) / "eval.json"
+    tables = json.loads(path.read_text())
+    path.write_text(json.dumps({"before": {"another": tables["before"]["known"]}}))
+    finish(world, 2)
+    assert set(json.loads(path.read_text())) == {"after"}
+
+
+def test_checkpoint_10_is_newer_than_checkpoint_8(world, monkeypatch):
+    """Checkpoints are sorted by number, both when old ones are removed and when the newest is loaded."""
+    begun = []
+
+    def step(run):
+        begun.append(run.step)
+        run.step += 1
+        return GOOD_STEP, []
+
+    monkeypatch.setattr(grpo, "train_step", step)
+    assert run_main(world | {"max_steps": "10"}) == 0
+    kept = [p.name for p in checkpoints(Path(world["output_dir"]))]
+    assert kept == ["checkpoint-8", "checkpoint-10"]
+    with pytest.raises(InputError, match="is at step 10 already"):
+        finish(world, 9)
+    finish(world, 11)
+    assert begun == list(range(11))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(world, lively, monkeypatch):
+    """Otherwise a power failure could leave a complete name with empty files. The checkpoint before it is
+    removed later still."""
+    out, named, flushed, fsync, replace = Path(world["output_dir"]), [], set(), os.fsync, os.replace
+
+    def spied_fsync(file):
+        flushed.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    def spied_replace(source, target):
+        if target.name.startswith("checkpoint-"):
+            missing = [p.name for p in source.iterdir() if p.stat().st_ino not in flushed]
+            named.append((target.name, missing, [p.name for p in checkpoints(out)]))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spied_fsync)
+    monkeypatch.setattr(os, "replace", spied_replace)
+    assert run_main(world | {"save_total_limit": "1"}) == 0
+    assert named == [("checkpoint-2", [], []), ("checkpoint-4", [], ["checkpoint-2"])]
+    assert [p.name for p in checkpoints(out)] == ["checkpoint-4"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what a run is made of
+
+
+def make_run(flags: dict[str, str], *switches: str) -> module.Run:
+    argv = [*arguments(flags), "--no-bf16", *switches]
+    return module.Run(resolve(*parse(Config, "grpo.py", argv)))
+
+
+def test_weight_decay_is_for_matrices_alone(world):
+    """A step with gradients of 0 does nothing but decay. Norms and biases are left as they are."""
+    run = make_run(world | {"weight_decay": "0.5", "learning_rate": "0.01"})
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    run.optimizer.step()
+    assert {p.ndim for p in run.model.parameters()} == {1, 2}
+    for name, p in run.model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * 0.01 * (p.ndim == 2)))
+
+
+def test_models_that_are_not_needed_are_not_loaded(world):
+    """Without a KL term there is no reference, and in fp32 the model samples itself."""
+    run = make_run(world | {"beta": "0"})
+    assert run.reference is None and run.sampling_model is run.model
+    assert make_run(world).reference is not None
+
+
+def test_the_data_sets_of_training_and_of_the_evaluation(world, monkeypatch):
+    """They are different splits, and only the evaluation takes a sample."""
+    real, calls = module.load_sets, []
+    monkeypatch.setattr(module, "load_sets", lambda *args: calls.append(args) or real(*args))
+    run = make_run(world | {"eval": world["train"], "eval_size": "3"})
+    assert calls == [(world["train"], "train"), (world["train"], "test", 3)]
+    assert {len(rows) for rows in run.sources.values()} == {40}
+    assert {len(rows) for rows in run.eval_sets.values()} == {3}
+
+
+@pytest.mark.parametrize("simulator", [False, True])
+def test_a_simulator_is_for_training_alone(world, monkeypatch, simulator):
+    """The evaluation of ZeroSearch asks the corpus. What is noise in training depends on --seed."""
+    flags = world | {"method": "zerosearch", "eval": world["train"], "seed": "7"}
+    run, calls = make_run(flags | ({"simulator": world["model"]} if simulator else {})), []
+    monkeypatch.setattr(module, "evaluate", lambda *args, **options: calls.append((args, options)) or {})
+    run.out.mkdir()
+    run.evaluate("before")
+    [((model, _, template, sets, retriever), options)] = calls
+    assert type(run.train_retriever) is (ModelSimulator if simulator else CorpusSimulator)
+    assert run.train_retriever.seed == 7 and type(retriever) is BM25
+    assert model is run.sampling_model and template is run.method.template and sets is run.eval_sets
+    assert options["runner"] is run.runner and options["slots"] == run.config.rollout_slots
+    budget = run.config.budget()
+    assert {name: options[name] for name in budget} == budget
+
+
+def test_the_cache_is_as_long_as_an_episode(world, monkeypatch):
+    """An episode ends with its token budget, or with the context of the model, which is 64 here."""
+    monkeypatch.setattr(module, "ModelRunner", lambda model, vocab_size, slots, length, graphs: length)
+    prompt = make_run(world | {"max_completion_length": "1"}).runner - 1
+    assert 3 <= prompt < 20
+    assert make_run(world | {"max_completion_length": "30"}).runner == prompt + 30
+    assert make_run(world | {"max_completion_length": "500"}).runner == 64
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_gpu_has_to_hold_the_model_and_one_group(world, monkeypatch, missing):
+    """Rough numbers of bytes: gradients and moments, a chunk of logits, the logits of a decode step, the
+    activations of one episode, and the cache of a group."""
+    run = make_run(world)
+    parameters, length = sum(p.numel() for p in run.model.parameters()), run.runner.max_len
+    fixed = 12 * parameters + (2 << 30) + 4 * 4 * 16 * len(run.tokenizer)
+    activations, cache = (
+        2 * 32 * 80 * length,
+        4 * 2 * 2 * 2 * 8 * 4 * length,
+    )  # layers, K and V, heads, D, fp32
+    free = fixed + activations + cache - missing
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    if missing:
+        with pytest.raises(InputError, match=r"one group of \d+ tokens do not fit this GPU"):
+            run.resolve_sizes("cuda", length - 24)
+    else:
+        run.resolve_sizes("cuda", length - 24)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_the_disk_has_to_hold_the_checkpoints_and_the_result(world, monkeypatch, missing):
+    """Three checkpoints of 12 bytes a parameter, of which the oldest is removed when the newest is complete,
+    and the final weights of 4."""
+    run = make_run(world | {"save_total_limit": "2"})
+    free = (3 * 12 + 4) * sum(p.numel() for p in run.model.parameters()) - missing
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    if missing:
+        with pytest.raises(InputError, match="GB are free"):
+            run.start()
+    else:
+        run.start()
+
+
+def test_both_signals_have_the_same_handler(handlers):
+    with Signals() as signals:
+        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signals
+
+
+def test_a_transcript_is_about_one_episode(world):
+    """Its figures are those of its own episode, and there are some of every source."""
+    run, episodes = make_run(world | {"log_completions": "2"}), episodes_with_results()
+    for i, e in enumerate(episodes):
+        e.question = replace(e.question, source="known" if i < 4 else "unknown")
+    parts = [{"reward": i / 10} for i in range(5)]
+    rows = run.transcripts(episodes, parts, [float(i) for i in range(5)])
+    assert [(row["id"], row["reward"], row["advantage"]) for row in rows] == [
+        ("0", 0.0, 0.0),
+        ("2", 0.2, 2.0),
+    ]
+    run.config = replace(run.config, log_completions=9)
+    assert [row["id"] for row in run.transcripts(episodes, parts, [0.0] * 5)] == list("01234")
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    """What stops the program before the end of the new file leaves the old one."""
+
+    def fails(*args):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "run.json").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError):
+            module.replace_text(tmp_path / "run.json", "new")
+    assert (tmp_path / "run.json").read_text() == "old"
+    module.replace_text(tmp_path / "run.json", "new")
+    assert (tmp_path / "run.json").read_text() == "new"
