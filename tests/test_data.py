@@ -633,3 +633,10 @@ def test_an_episode_counts_the_tokens_that_are_trained_on():
     assert episode.policy_tokens == 3
     with pytest.raises(TypeError, match="template"):  # an episode cannot be read without its template
         Episode(question, [1, 2])
+
+
+def test_two_sources_of_one_size_are_shuffled_apart():
+    """Otherwise row i of one source would always come together with row i of the other."""
+    batch = mix({"a": questions("a", 30), "b": questions("b", 30)}, 60, 0, 0)
+    orders = [[q.id[1:] for q in batch if q.source == name] for name in "ab"]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]

@@ -632,3 +632,20 @@ def test_real_rows(tmp_path, capsys):
         assert {row["id"] for row in rows if row["set"] == name} <= ids
     run(flags)
     assert flags["output"].read_bytes() == text and capsys.readouterr().out == table
+
+
+def test_the_forced_pass_searches_whatever_the_uncertainty(script):
+    """With entropy-guided search, a query that is as certain as the one before is answered by the model. The
+    forced pass asks what real results would change, so there every query is searched for."""
+    first, second = "query 1</search>", "<search>query 2</search>"
+
+    def text(number, kind, member):
+        if kind == "closed-book":
+            return "Bob"
+        rest = second + answer(number, "right")
+        return "<think>hm</think>" + ("" if kind == "forced" else "<search>") + first + rest
+
+    script(text)
+    table, seen = passes(SSRL, entropy_guided=True)
+    assert {e.searches for e in seen["normal"]} == {1} and {e.searches for e in seen["forced"]} == {2}
+    assert all(record.searches == 1 and record.forced for record in flat(table))

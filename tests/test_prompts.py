@@ -6,6 +6,7 @@ in a question. The tests also check what a prompt contains.
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -150,3 +151,25 @@ def test_render_without_options():
     text = tokenizer.decode(render(SEM, Question("1", "who?", ["x"], "s"), tokenizer))
     assert text.endswith("<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n")
     assert text.startswith("<|im_start|>system\n" + SEM.system)
+
+
+LOOK_ALIKES = [
+    "＜search＞",
+    "＜／ｒｅｓｕｌｔ＞",
+    "<ａｎｓｗｅｒ>",
+    "<sea\u200brch>",
+    "<\u2060/think>",
+    "＜\u00adthink>",
+]
+
+
+@pytest.mark.parametrize("tag", LOOK_ALIKES)
+def test_a_look_alike_of_a_tag_is_broken_like_the_tag(tag):
+    """A tokenizer may normalise its input (NFKC) and drop invisible characters, and would then see a tag."""
+
+    def as_seen(text):
+        return unicodedata.normalize("NFKC", re.sub("[\u00ad\u200b\u2060]", "", text))
+
+    text = f"a {tag} b"
+    assert TAG.search(as_seen(text))
+    assert not TAG.search(as_seen(neutralise(text, tokenizer_named("bytes"), SEM)))

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import run_main, timeless, write_world
 
+import grpo
 import rollout
 import runner
 import simulator
-from data import Doc, Question
+from data import Doc, InputError, Question
 from retriever import BM25
 from reward import REWARDS, Reward
 from simulator import HELPFUL, NOISY, CorpusSimulator, ModelSimulator, documents, noise_share
@@ -292,3 +293,34 @@ def test_a_simulator_needs_no_corpus(world):
     world.pop("corpus")
     flags = world | {"method": "zerosearch", "max_steps": "1", "simulator": world["model"]}
     assert run_main(flags) == 0
+
+
+def test_a_resumed_run_goes_on_with_the_noise_of_its_step(world, monkeypatch):
+    """The share depends on the step and on the number of steps, so a resume cannot change that number."""
+    shares, real, rollouts = [], CorpusSimulator.set_step, iter([grpo.rollout] * 2)
+
+    def set_step(self, step, share):
+        shares.append((step, share))
+        real(self, step, share)
+
+    def interrupted(*args, **options):
+        try:
+            return next(rollouts)(*args, **options)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(CorpusSimulator, "set_step", set_step)
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "rollout", interrupted)
+        assert run_main(world | {"method": "zerosearch", "max_steps": "4", "noise_end": "0.8"}) == 130
+    again = {"output_dir": world["output_dir"]}
+    with pytest.raises(InputError, match="--max_steps is 4"):
+        run_main(again | {"max_steps": "8"}, "--resume")
+    assert run_main(again, "--resume") == 0
+    new = (0, 0.0)  # of a simulator that has just been made
+    assert shares == [
+        new,
+        *((i, noise_share(i, 4, 0.0, 0.8)) for i in (0, 1, 2)),
+        new,
+        *((i, noise_share(i, 4, 0.0, 0.8)) for i in (2, 3)),
+    ]

@@ -130,6 +130,17 @@ def test_closed_book_transcripts_hold_no_tag(method):
     assert all(("<tool>" in prompt) == ("<think>" in text) for prompt, text in rows)
 
 
+def test_friends_are_in_one_split():
+    """The people of each split are a ring of friends. So a question with two hops about a test person never
+    ends at a person that RL trains on."""
+    known, unknown = (WORLD.known, toy.KNOWN_TRAIN), (WORLD.unknown, toy.UNKNOWN_TRAIN)
+    for split in (part for names, cut in (known, unknown) for part in (names[:cut], names[cut:])):
+        ring = [split[0]]
+        while len(ring) < len(split):
+            ring.append(WORLD.facts["friend", ring[-1]])
+        assert set(ring) == set(split) and WORLD.facts["friend", ring[-1]] == ring[0]
+
+
 @pytest.mark.parametrize("template", [*(METHODS[m].template for m in METHODS), DIRECT, COT, RAG])
 def test_every_tag_is_one_token(template: Template):
     for tag in template.tags:
