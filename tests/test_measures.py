@@ -522,3 +522,32 @@ def test_a_silent_judge_is_sent_no_further_answers(monkeypatch):
     sent.clear()
     judged = measures.verdicts(answers[16:], "http://judge", "judge-1", "towers")
     assert judged == [None] * 24 + [True] + [None] * 59 and len(sent) == 64
+
+
+def test_a_pass_that_was_not_made_is_not_a_wrong_answer():
+    """Records without a closed-book pass or without samples change no measure about these."""
+    bare = [Record(str(i), False, 0.0, 0, 5, forced=True, sampled=[]) for i in range(4)]
+    with_them, without = measure(records() + bare), measure(records())
+    for name in ("known", "over_search", "under_search", "f1_aware", "pass@1", "pass@4"):
+        assert with_them[name]["value"] == without[name]["value"], name
+
+
+def test_the_judge_sees_the_options():
+    """A gold of a multiple-choice question is a letter; the judge gets the text of that option too."""
+    question = Question("1", "Which city?", ["B"], "x", ["Oslo", "Lima"])
+    with endpoint(lambda prompt: RIGHT) as (url, seen):
+        measures.judge(question, "Lima", url, "judge-1")
+    [(_, _, body)] = seen
+    text = body["messages"][0]["content"]
+    assert "A. Oslo\nB. Lima\n" in text and '["B", "Lima"]' in text
+
+
+def test_the_judge_has_a_minute(monkeypatch):
+    waited = []
+
+    def urlopen(request, timeout):
+        waited.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(measures.urllib.request, "urlopen", urlopen)
+    assert measures.judge(numbered(3), "gold", "http://judge", "judge-1") is None and waited == [60]

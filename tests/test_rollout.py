@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import rollout as module
 import runner
-from cache import SlotCache
+from cache import SlotCache, context_length, kv_bytes
 from data import Doc, InputError, Question
 from model import load_model, probe
 from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, encode_result, render
@@ -1352,6 +1352,13 @@ def test_slots_of_the_cache_are_independent():
         assert (
             table[1] == [1.0] * 7 and table[2] == [1.0] * 4 + [2.0] * 3 and table[3] == [1.0] * 4 + [3.0] * 3
         )
+
+
+def test_sizes_that_follow_from_the_config_of_a_model():
+    """Two layers, keys and values, two heads of 8 numbers, in bf16."""
+    config = build("llama", words(), context=48).config
+    assert kv_bytes(config, torch.bfloat16) == 2 * 2 * 2 * 8 * 2 and context_length(config) == 48
+    assert context_length(transformers.BloomConfig()) == 2**30  # it has no positions, so it names no limit
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -265,6 +265,26 @@ def test_a_gpu_that_is_a_step_ahead_changes_no_episode(monkeypatch, template, sl
     assert results[0] == results[1] and "length" in {e.stop for e in episodes}
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_is_fed_on_past_the_end_of_the_cache(shape):
+    """That can also be the end of the context. The tokens up to there are those of single steps."""
+    model, prompt = build(shape, words(), context=16).to(DEVICE), [5 + i for i in range(13)]
+
+    def decode(*steps):
+        runner = ModelRunner(model, len(words()), slots=1, max_len=16, cuda_graphs=False)
+        runner.prefill([0], [0], [prompt])
+        tokens, drawn = [9], []
+        for u in steps:
+            position = len(prompt) + len(drawn)
+            drawn += [row[0] for row, _ in runner.decode(tokens, [position], u)]
+            tokens = drawn[-1:]
+        return drawn
+
+    u = [[0.2], [0.7], [0.4], [0.9], [0.1], [0.6]]
+    together = decode(u)
+    assert len(together) == 6 and together[:3] == decode([u[0]], [u[1]], [u[2]])
+
+
 class OnTheDevice(TorchDispatchMode):
     """Refuses every operation that reads a number on the host or brings one from there. A recording would
     fail at it, or freeze the number."""
