@@ -125,6 +125,20 @@ def test_the_number_of_splits_fills_the_gpu():
     assert attention.number_of_splits(32, 8192) == 8 and attention.number_of_splits(1024, 32768) == 1
 
 
+def test_a_part_has_at_least_128_positions():
+    assert [attention.number_of_splits(1, n) for n in (255, 256, 511, 512)] == [1, 2, 2, 4]
+
+
+def test_keys_values_and_lengths_may_lie_in_memory_in_their_own_way():
+    q, keys, values, lengths = inputs(64, 3, [40, 3, 17], torch.float32)
+    expected = exact(q, keys, values, lengths)
+    values = values.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)  # positions are the first axis
+    lengths = torch.stack([lengths, lengths + 1], 1)[:, 0]
+    assert values.stride() != keys.stride() and not lengths.is_contiguous()
+    out = attention.decode_attention(q, keys, values, lengths)
+    assert (out.double().cpu() - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_the_same_bits_every_time():
     for lengths in ([2000, 1, 700, 64], list(range(600))):  # 8 parts, 1 part

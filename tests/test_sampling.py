@@ -145,3 +145,40 @@ def test_no_rows_and_rows_that_are_not_adjacent():
     assert torch.equal(some[0], sampling.sample(logits, u, 1.0)[0][::2])
     with pytest.raises(ValueError, match="adjacent"):
         sampling.sample(logits.T, u, 1.0)
+
+
+def test_the_cumulative_probability_has_to_exceed_u():
+    """Here u is exactly the sum of the first two blocks, of the first three tokens, and of none. The sums of
+    the kernel are exact, because every term is 1."""
+    u = torch.tensor([0.5, 3 / 4096, 0.0], dtype=torch.float64, device=DEVICE)
+    logits = torch.zeros(3, 4096, device=DEVICE)
+    assert sampling.sample(logits, u, 1.0)[0].tolist() == [2048, 3, 0]
+
+
+def test_small_probabilities_are_told_apart_beside_large_ones():
+    """Between two tokens of almost 1/2 each, every token has probability 2e-9. That is lost wherever a sum is
+    in fp32: inside of the first block, over a block, or over the blocks."""
+    logits = torch.zeros(1, 9000, device=DEVICE)
+    logits[:, 0] = logits[:, -1] = 19.5
+    cdf = logits[0].double().softmax(-1).cumsum(-1)
+    drawn = torch.tensor([1, 700, 1023, 1024, 5000, 8998], device=DEVICE)
+    u = (cdf[drawn - 1] + cdf[drawn]) / 2
+    assert torch.equal(sampling.sample(logits.expand(6, -1), u, 1.0)[0], drawn)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_far_below_0(temperature):
+    """There are three blocks, which the kernel reads as four."""
+    logits, u = draws(6, 2500, torch.float32)
+    agree(logits - 1000, u, temperature, 2500)
+
+
+def test_a_token_without_a_probability_is_not_drawn_at_the_edge_of_a_block(monkeypatch):
+    """The sum over all blocks before is computed in another order than the cumulative one. At this u it is
+    higher by its last bit, so the rest is below 0, and any token would exceed it."""
+    monkeypatch.setattr(sampling, "BLOCK", 16)
+    logits = 3 * torch.randn(1, 400, generator=torch.Generator().manual_seed(0))
+    logits[:, ::16] = -torch.inf
+    u = torch.tensor([0.09287376440554038], dtype=torch.float64, device=DEVICE)
+    tokens, logps = sampling.sample(logits.to(DEVICE), u, 1.0)
+    assert logits[0, tokens[0]] > -torch.inf and logps.isfinite().all()
