@@ -14,11 +14,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from datetime import datetime
+from functools import lru_cache
 
-from jinja2 import TemplateError
-
-from data import Doc, Question
+from data import Doc, InputError, Question
 
 
 @dataclass(frozen=True)
@@ -177,13 +176,61 @@ def render(template: Template, question: Question, tokenizer) -> list[int]:
     """Token ids of a prompt: the template's system prompt and the question, through the tokenizer's own chat
     template.
 
+    Some chat templates have no system role: they raise an error (Gemma's), or drop the message silently. Then
+    the system prompt stands at the start of the user's message. Raises InputError if the prompt that the chat
+    template makes still lacks the system prompt or the question.
+
     This is done once in an episode. Rendering the conversation again at a later turn would be unsafe: some
     chat templates drop the thoughts of earlier turns, and the ids would no longer be the sampled ones."""
     options = (f"\n{chr(65 + i)}. {choice}" for i, choice in enumerate(question.choices or []))
     text = neutralise(question.text + "".join(options), tokenizer, template)
-    apply = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    apart = [{"role": "system", "content": template.system}, {"role": "user", "content": text}]
+    merged = [{"role": "user", "content": f"{template.system}\n\n{text}"}]
+    reason = "it leaves out the instructions or the question"
+    for messages in (apart, merged):
+        try:
+            prompt = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+        except Exception as error:  # a template can raise anything: it is a program
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            continue
+        if template.system.strip() in prompt and text.strip() in prompt:
+            return tokenizer(prompt, add_special_tokens=False).input_ids
+    raise InputError(f"the chat template of the tokenizer cannot be used: {reason}")
+
+
+# A chat template may print the date (Llama 3.2, Granite). transformers gives it the clock, so a run that is
+# resumed on another day would have other prompts. This macro takes the place of that function. The line break
+# at its end is removed by Jinja, so the template itself is rendered as before.
+CLOCK = "{% macro strftime_now(format) %}{{ run_date.strftime(format) }}{% endmacro %}\n"
+
+
+def set_date(tokenizer, date: str):
+    """Sets the date, such as "2026-11-26", that the chat template of this tokenizer prints from now on."""
+    tokenizer.run_date = datetime.fromisoformat(date)
+
+
+def apply_chat_template(tokenizer, messages: list[dict[str, str]], **options) -> str:
+    """The text that the tokenizer's chat template makes of the messages. A date in it is that of `set_date`,
+    or today's."""
+    chat_template = tokenizer.get_chat_template()
+    if "strftime_now" in chat_template:
+        chat_template = CLOCK + chat_template
+    date = getattr(tokenizer, "run_date", None) or datetime.now()
+    return tokenizer.apply_chat_template(
+        messages, chat_template=chat_template, run_date=date, tokenize=False, **options
+    )
+
+
+def closing_token(tokenizer) -> int | None:
+    """The id of the token with which the chat template closes an assistant's message: the first added token
+    after its content. None if there is none, for instance because the closing is plain text."""
+    content = "zebra"  # any word that no template contains
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     try:
-        prompt = apply([{"role": "system", "content": template.system}, {"role": "user", "content": text}])
-    except TemplateError:  # some chat templates (Gemma's) have no system role
-        prompt = apply([{"role": "user", "content": f"{template.system}\n\n{text}"}])
-    return tokenizer(prompt, add_special_tokens=False).input_ids
+        text = apply_chat_template(tokenizer, messages)
+    except Exception:  # as in `render`
+        return None
+    _, found, closing = text.rpartition(content)
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    ids = tokenizer(closing, add_special_tokens=False).input_ids if found else []
+    return next((i for i in ids if i in added), None)

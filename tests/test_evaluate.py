@@ -481,7 +481,7 @@ def test_the_judge_in_the_table(script, world, capsys):
     assert tables["all"]["lj"]["value"] == 5 / 10  # the questions 0, 1, 3, 5 and 6
     assert tables["towers"]["lj"]["value"] == 3 / 4
     text = "".join(capsys.readouterr())
-    assert "towers: the judge did not answer on 1 of 5" in text and "on 1 of 7" in text
+    assert "towers: the judge gave no verdict on 1 of 5" in text and "on 1 of 7" in text
 
 
 def test_figures_are_written_before_the_judge_is_asked(script, world, monkeypatch):
@@ -535,7 +535,7 @@ BAD = {
     "output below a file": ({"output": "broken.json/eval.json"}, "broken.json"),
     "output is there": ({"output": "odd.json"}, "--output odd.json: it exists"),
     "ids": ({"data": "twice.jsonl"}, "twice: 2 questions have the id 7"),
-    "no judge": ({"judge_url": "foo"}, "--judge_url foo"),
+    "no judge": ({"judge_url": "foo"}, "--judge_url 'foo'"),
 }
 
 

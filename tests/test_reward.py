@@ -692,8 +692,6 @@ def test_any_option(text, choices):
         ("bamboogle", "James A. Garfield", ["James Garfield"], 1, 1),
         ("gsm8k", "1,234", ["1234"], 1, 1),
         ("gsm8k", "-5", ["5"], 0, 0),
-        ("gsm8k", "5.0", ["5"], 0, 0),
-        ("gsm8k", "12,34", ["1234"], 1, 1),
     ],
 )
 def test_the_rule_of_each_data_set(source, text, answers, em, score):
@@ -715,6 +713,8 @@ def test_the_rule_of_each_data_set(source, text, answers, em, score):
         ("gsm8k", "18 dollars", ["18"], (1, 1), (1, 1)),
         ("gsm8k", "18.", ["18"], (0, 0), (1, 1)),
         ("gsm8k", "18 or 19", ["18"], (1, 1), (0, 0)),
+        ("gsm8k", "18.00", ["18"], (0, 0), (1, 1)),
+        ("gsm8k", "12,34", ["1234"], (1, 1), (0, 0)),
     ],
 )
 def test_where_reward_py_differs_from_the_official_rules(source, text, answers, theirs, ours):
@@ -768,7 +768,7 @@ def test_real_answers(name):
             assert exact_match(alias, question) == f1(alias, question) == 1
         if name == "gsm8k":
             grouped = f"{int(answer):,}" if answer.isdecimal() else answer
-            tries = [answer, grouped, f"{answer}.0", f"{answer}0", f"-{answer}", answer[:-1], other]
+            tries = [answer, grouped, f"{answer}0", f"-{answer}", answer[:-1], other]
             tries = [text for text in tries if re.fullmatch(r"-?[0-9,]+(\.[0-9]+)?", text)]
         else:
             tries = [*perturbed(answer, other), question.text]
