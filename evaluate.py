@@ -36,7 +36,7 @@ from config import check_date, check_ranges, check_writable, fail, parse
 from data import Episode, InputError, Question, load_sets
 from measures import JudgeError, Record, is_right, judge, measure, report, verdicts
 from model import check_prompts, load_model, probe
-from prompts import COT, DIRECT, RAG, Template, encode_foreign, set_date
+from prompts import COT, DIRECT, RAG, Template, encode_foreign, passage, set_date
 from retriever import RetrieverError, open_retriever
 from reward import METHODS, f1, parse_episode
 from rollout import detokenize, rollout
@@ -172,7 +172,7 @@ def retrieve_once(sets: dict[str, list[Question]], retriever, topk: int, max_doc
         for question, docs in zip(questions, found, strict=True):
             lines = []
             for i, doc in enumerate(docs, 1):
-                ids = encode_foreign(f"{doc.title}: {doc.text}", tokenizer, RAG)[:max_doc_tokens]
+                ids = encode_foreign(passage(doc), tokenizer, RAG)[:max_doc_tokens]
                 lines.append(f"Doc {i}: {detokenize(tokenizer, ids)}\n")
             text = "".join(lines) + f"\nQuestion: {question.text}"
             with_documents[name].append(replace(question, text=text))
@@ -287,6 +287,9 @@ def main(config: Config, given: set[str] = frozenset()):
         except JudgeError as error:
             raise InputError(f"--judge_url {config.judge_url}: {error}") from error
     known = load_known(config.known) if config.known else {}
+    for name, questions in sets.items() if config.known else ():
+        if not known.get(name, set()) & {q.id for q in questions}:
+            tqdm.write(f"warning: {name}: --known {config.known} has none of its questions")
 
     template = BASELINES.get(config.baseline, METHODS[config.method].template)
     real = config.real_searches if template.self_search else "all"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from functools import lru_cache
 
 from data import Doc, InputError, Question
@@ -150,6 +150,11 @@ def encode_foreign(text: str, tokenizer, template: Template) -> tuple[int, ...]:
     return tuple(i for i in ids if i not in added)  # no space can break an added token of one character
 
 
+def passage(doc: Doc) -> str:
+    """A document as a model sees it: "title: text", or the text alone if there is no title."""
+    return f"{doc.title}: {doc.text}" if doc.title.strip() else doc.text
+
+
 def encode_result(docs: list[Doc], tokenizer, template: Template, max_doc_tokens: int = 512) -> list[int]:
     """Token ids of a search result: the documents between the result tags, each as "title: text" and cut to
     `max_doc_tokens` tokens. The layout is our choice.
@@ -158,7 +163,7 @@ def encode_result(docs: list[Doc], tokenizer, template: Template, max_doc_tokens
     opening, newline, closing, nothing_found = _result_frame(tokenizer, template)
     ids = [*opening]
     for doc in docs:
-        ids += encode_foreign(f"{doc.title}: {doc.text}", tokenizer, template)[:max_doc_tokens]
+        ids += encode_foreign(passage(doc), tokenizer, template)[:max_doc_tokens]
         ids += newline
     return ids + (closing if docs else nothing_found)
 
@@ -198,15 +203,28 @@ def render(template: Template, question: Question, tokenizer) -> list[int]:
     raise InputError(f"the chat template of the tokenizer cannot be used: {reason}")
 
 
-# A chat template may print the date (Llama 3.2, Granite). transformers gives it the clock, so a run that is
-# resumed on another day would have other prompts. This macro takes the place of that function. The line break
-# at its end is removed by Jinja, so the template itself is rendered as before.
-CLOCK = "{% macro strftime_now(format) %}{{ run_date.strftime(format) }}{% endmacro %}\n"
-
-
-def set_date(tokenizer, date: str):
+def set_date(tokenizer, text: str):
     """Sets the date, such as "2026-11-26", that the chat template of this tokenizer prints from now on."""
-    tokenizer.run_date = datetime.fromisoformat(date)
+    tokenizer.run_date = text
+
+
+@lru_cache(maxsize=8)
+def clock(text: str) -> str:
+    """A Jinja macro that takes the place of `strftime_now`, with which a chat template prints the date (Llama
+    3.2, Granite). The function of transformers reads the clock, so a run that is resumed on another day would
+    have other prompts. This one prints midnight of the day `text`.
+
+    It goes in front of a template. Jinja removes the line break at its end, so the template itself is
+    rendered as before. A datetime cannot be passed to it: transformers passes texts and numbers only."""
+    day = datetime.fromisoformat(text)
+    texts = {f"%{c}": day.strftime(f"%{c}") for c in "aAbBcdDeFfGgHhIjklMmnpPrRSTtUuVWwXxYyZz"}
+    texts |= {f"%-{c[1]}": text.lstrip("0") or "0" for c, text in texts.items() if text.isdecimal()}
+    return (
+        "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}"
+        f"{{% for code, text in {texts}.items() %}}"
+        "{% set ns.text = ns.text.replace(code, text) %}{% endfor %}"
+        "{{ ns.text.replace('%%', '%') }}{% endmacro %}\n"
+    )
 
 
 def apply_chat_template(tokenizer, messages: list[dict[str, str]], **options) -> str:
@@ -214,11 +232,8 @@ def apply_chat_template(tokenizer, messages: list[dict[str, str]], **options) ->
     or today's."""
     chat_template = tokenizer.get_chat_template()
     if "strftime_now" in chat_template:
-        chat_template = CLOCK + chat_template
-    date = getattr(tokenizer, "run_date", None) or datetime.now()
-    return tokenizer.apply_chat_template(
-        messages, chat_template=chat_template, run_date=date, tokenize=False, **options
-    )
+        chat_template = clock(getattr(tokenizer, "run_date", "") or date.today().isoformat()) + chat_template
+    return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
 
 
 def closing_token(tokenizer) -> int | None:

@@ -112,13 +112,14 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 
 def last_object(text: str) -> dict:
-    """The last JSON object in a text: a verdict may follow a thought that holds JSON too. Raises ValueError
-    if there is none."""
+    """The last JSON object in a text: a verdict may follow a thought that holds JSON too. Only the last
+    20,000 characters are read. Raises ValueError if there is none."""
+    text = text[-20_000:]
     found, at = None, text.find("{")
     while at >= 0:
         try:
             found, end = json.JSONDecoder().raw_decode(text, at)
-        except ValueError:
+        except (ValueError, RecursionError):
             end = at + 1
         at = text.find("{", end)
     if found is None:

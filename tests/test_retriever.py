@@ -648,3 +648,93 @@ def test_program_errors(args, reason, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert error.value.code == 2 and message.startswith("retriever.py: error: ")
     assert reason in message and message.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# letters and titles as people write them
+
+
+@pytest.mark.parametrize(
+    "document, query",
+    [
+        ("İstanbul", "Istanbul"),
+        ("İSTANBUL", "istanbul"),
+        ("I\u0307stanbul", "istanbul"),
+        ("Straße", "STRASSE"),
+        ("ﬁnal", "final"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("ＮＨＫ １９２５", "nhk 1925"),
+        ("co\u00adopera\u200btion", "cooperation"),
+        ("\u200eשלום\u200f", "שלום"),
+        ("ΣΊΣΥΦΟΣ", "σίσυφος"),
+        ("हिन्दी", "हिन्दी"),
+        ("한국", "\u1112\u1161\u11ab\u1100\u116e\u11a8"),
+        ("❤\ufe0flove", "love"),
+        ("naïve\u034f", "NAI\u0308VE"),
+    ],
+)
+def test_spellings_of_one_word_are_one_word(document, query):
+    assert tokenize(document) == tokenize(query)
+    docs = [Doc("1", "", document), Doc("2", "", "other words"), Doc("3", "", "and others")]
+    for idf in ("plus1", "okapi"):
+        assert [doc.id for doc in BM25(docs, idf).search([query], 3)[0]] == ["1"]
+        reference = okapi(docs).get_scores(tokenize(query))
+        assert idf == "plus1" or np.array_equal(BM25(docs, idf).scores(query), reference)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("हिन्दी", "हद"),
+        ("หมา", "หม"),
+        ("año", "ano"),
+        ("ı", "i"),
+        ("naïve", "naive"),
+        ("का", "की"),
+        ("й", "и"),
+    ],
+)
+def test_marks_that_make_another_word_stay(one, other):
+    assert len(tokenize(one)) == 1 and tokenize(one) != tokenize(other)
+
+
+OWN = {"title": "Paris", "contents": "The capital of France has two million inhabitants."}
+TITLES = {  # row: title and text of the document
+    "a title of its own": (OWN, ("Paris", OWN["contents"])),
+    "both, in two lines": (OWN | {"contents": "Line one.\nLine two."}, ("Paris", "Line one.\nLine two.")),
+    "both, and the same title": ({"title": "Paris", "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
+    "both, without quotes": ({"title": " Paris ", "contents": "Paris\nA city."}, (" Paris ", "A city.")),
+    "title, text and contents": (
+        {"title": "P", "text": "A city.", "contents": "P\nA city."},
+        ("P", "A city."),
+    ),
+    "a number": ({"title": 1984, "contents": "A novel."}, ("1984", "A novel.")),
+    "an empty title": ({"title": " ", "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
+    "no title": ({"title": None, "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
+    "one line": ({"contents": "A city on the Seine."}, ("", "A city on the Seine.")),
+    "one line in quotes": ({"contents": '"Paris"'}, ("Paris", "")),
+    "only title and text": ({"title": "", "text": "A city."}, ("", "A city.")),
+}
+
+
+@pytest.mark.parametrize("case", TITLES)
+def test_a_title_of_its_own_wins(tmp_path, case):
+    row, expected = TITLES[case]
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "1"} | row))
+    with fake((200, {"result": [[{"document": row, "score": 1}]]})) as (url, _):
+        docs = [*load_corpus(tmp_path / "corpus.jsonl"), *Remote(url).search(["q"], 1)[0]]
+    assert [(doc.title, doc.text) for doc in docs] == [expected] * 2
+    with running(Server(("127.0.0.1", 0), Handler)) as url:  # and the same again after our own server
+        pass
+    server = Server(("127.0.0.1", 0), Handler)
+    server.retriever = BM25(docs[:1])
+    with running(server) as url:
+        [[again]] = Remote(url).search([f"{expected[0]} {expected[1]}"], 1)
+    assert (again.title, again.text) == expected
+
+
+def test_the_servers_own_message_is_shown():
+    with fake((400, {"error": "topk is larger than 100"})) as (url, _):
+        assert "HTTP 400 Bad Request: topk is larger than 100 (attempt 1" in failure(Remote(url))
+    with fake((503, b"<html><h1>Busy</h1>\n<p>try later</p>")) as (url, _):
+        assert "HTTP 503 Service Unavailable: Busy try later (attempt 2" in failure(Remote(url, retries=1))

@@ -493,3 +493,84 @@ def test_a_full_gpu_is_one_line(world, lively, monkeypatch, handlers, where, sav
     assert "\n" not in str(error.value)
     assert steps_of(world) == [1, 2]
     assert [p.name for p in checkpoints(Path(world["output_dir"]))] == saved
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the date, and checkpoints that cannot be written
+
+
+def with_a_date(flags: dict[str, str]):
+    path = Path(flags["model"]) / "chat_template.jinja"
+    path.write_text(path.read_text() + "{{ strftime_now(' w%-d w%-m') }}")
+
+
+def test_a_run_has_one_date(world, lively, tmp_path, monkeypatch):
+    """A run that is resumed on another day has the prompts of the first day, so it stays exact."""
+
+    class OtherDay(module.date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 3, 4)
+
+    with_a_date(world)
+    flags = [world | {"output_dir": str(tmp_path / name), "save_steps": "2"} for name in ("whole", "part")]
+    assert run_main(flags[0] | {"date": "2019-02-05"}) == 0
+    monkeypatch.setattr(module, "date", OtherDay)
+    assert run_main(flags[1] | {"date": "2019-02-05", "max_steps": "2"}) == 0
+    assert json.loads((tmp_path / "part" / "run.json").read_text())["date"] == "2019-02-05"
+    assert run_main({"output_dir": flags[1]["output_dir"], "max_steps": "4"}, "--resume") == 0
+    assert timeless(tmp_path / "part" / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
+    rows = timeless(tmp_path / "part" / "transcripts.jsonl")
+    assert all(row["prompt"].endswith("w5 w2") for row in rows)
+    with pytest.raises(InputError, match="--date is 2019-02-05 in"):
+        run_main({"output_dir": flags[1]["output_dir"], "date": "2019-02-06"}, "--resume")
+
+
+def test_a_run_json_without_a_date_takes_todays(world, lively, capsys):
+    with_a_date(world)
+    assert run_main(world | {"max_steps": "2"}) == 0
+    path = Path(world["output_dir"]) / "run.json"
+    settings = json.loads(path.read_text())
+    today = module.date.today().isoformat()
+    assert settings.pop("date") == today
+    path.write_text(json.dumps(settings))
+    assert run_main({"output_dir": world["output_dir"], "max_steps": "3"}, "--resume") == 0
+    assert f"has no date; a chat template that prints one gets {today}" in "".join(capsys.readouterr())
+    assert json.loads(path.read_text())["date"] == today
+
+
+@pytest.mark.parametrize("where", ["fsync", "weights", "rename"])
+def test_a_run_whose_first_checkpoint_cannot_be_written_stops(world, lively, monkeypatch, capsys, where):
+    def refuse(*arguments, **options):
+        raise OSError(9, "Bad file descriptor")
+
+    name = {"fsync": "fsync", "rename": "replace"}.get(where)
+    real = getattr(os, name) if name else None
+    if where == "weights":
+        monkeypatch.setattr(module, "save_file", refuse)
+    else:
+
+        def sometimes(source, *arguments):
+            return refuse() if where == "fsync" or "checkpoint-" in str(source) else real(source, *arguments)
+
+        monkeypatch.setattr(os, name, sometimes)
+    with pytest.raises(
+        InputError, match=r"checkpoint-2 was not written, so the run stops: .*Bad file descriptor"
+    ):
+        run_main(world)
+    assert steps_of(world) == [1, 2] and not list(Path(world["output_dir"]).glob("checkpoint-*"))
+    monkeypatch.undo()
+
+
+def test_files_are_flushed_through_a_handle_that_can_be_written_to(world, lively, monkeypatch):
+    import fcntl
+
+    real, modes = os.fsync, []
+
+    def spy(number):
+        modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE)
+        return real(number)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    assert run_main(world | {"max_steps": "2"}) == 0
+    assert len(modes) >= 6 and set(modes) == {os.O_RDWR}
