@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from config import check_date, check_ranges, check_writable, fail, parse
 from data import Episode, InputError, Question, load_sets
+from disk import append_rows
 from measures import JudgeError, Record, is_right, judge, measure, report, verdicts
 from model import check_prompts, load_model, probe
 from prompts import COT, DIRECT, RAG, Template, encode_foreign, passage, set_date
@@ -246,19 +247,16 @@ class Transcripts:
         path.write_text("")
 
     def log(self, name: str, kind: str, episodes: list[Episode]):
-        with open(self.path, "a", encoding="utf-8") as file:
-            for e in episodes:
-                row = {"set": name, "pass": kind, "id": e.question.id, "question": e.question.text}
-                row |= {
-                    "answers": e.question.answers,
-                    "answer": parse_episode(e).answer,
-                    "right": is_right(e),
-                }
-                row |= {"searches": e.searches, "stop": e.stop}
-                row["segments"] = [{"kind": s.kind, "text": s.text} for s in e.segments]
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if kind == "normal":
-                    self.episodes[name, e.question.id] = e
+        rows = []
+        for e in episodes:
+            row = {"set": name, "pass": kind, "id": e.question.id, "question": e.question.text}
+            row |= {"answers": e.question.answers, "answer": parse_episode(e).answer, "right": is_right(e)}
+            row |= {"searches": e.searches, "stop": e.stop}
+            row["segments"] = [{"kind": s.kind, "text": s.text} for s in e.segments]
+            rows.append(row)
+            if kind == "normal":
+                self.episodes[name, e.question.id] = e
+        append_rows(self.path, rows)
 
 
 def save(records: dict[str, list[Record]], config: Config, with_known: bool) -> dict:

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import typing
+from contextlib import suppress
 
 PEERS = {  # flag: what other programs call it, mainly TRL and verl
     "model": "model_name_or_path path",
@@ -39,6 +40,31 @@ PEERS = {  # flag: what other programs call it, mainly TRL and verl
     "save_steps": "save_freq",
     "save_total_limit": "max_actor_ckpt_to_keep",
 }
+
+
+class Stream:
+    """A stream that never fails, because printing must not end a run. A console may lack the letters of a
+    file's name; a terminal may be closed, a pipe be broken, a disk be full (`python grpo.py 2> log`)."""
+
+    def __init__(self, stream):
+        self.stream = stream  # None where the program was started without one
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,9 +109,8 @@ def parse(cls, program: str, argv: list[str] | None = None, **alternatives: dict
     `alternatives` are other sets of defaults, {"toy": {"max_steps": 60}}, which the help names beside the
     defaults. The program decides which set applies. A ~ at the start of a path is the home directory, also in
     --output_dir=~/x and in --train musique:~/data, where no shell replaces it."""
-    for stream in (sys.stdout, sys.stderr):  # printing never fails: a console may lack the letters of a name
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    if argv is None:
+        sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     parser = Parser(
         prog=program,
         description=(cls.__doc__ or "").split("\n\n")[0],

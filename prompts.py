@@ -117,7 +117,7 @@ def _forbidden(tokenizer, template: Template) -> tuple[re.Pattern, frozenset[int
     added token, and the ids of the added tokens."""
     added = tokenizer.added_tokens_decoder  # id -> AddedToken
     texts = sorted((t.content for t in added.values() if t.content.strip()), key=len, reverse=True)
-    tags = rf"<\s*/?\s*(?:{'|'.join(template.tags)})\s*/?\s*>"
+    tags = rf"<\s*(?:/\s*)?(?:{'|'.join(template.tags)})\s*(?:/\s*)?>"
     return re.compile("|".join([tags, *map(re.escape, texts)]), re.IGNORECASE), frozenset(added)
 
 

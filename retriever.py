@@ -15,6 +15,7 @@ is built.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -31,10 +32,12 @@ from tqdm import tqdm
 from config import fail, parse
 from data import Doc, InputError, paragraphs
 from files import json_lines
-from web import RequestError, check_url, post
+from web import MAX_REPLY, RequestError, check_url, post
 
 MAX_REQUEST = 2**20  # bytes that the server reads at most
-MAX_TOPK = 100  # of the server, so that a small request cannot ask for the whole corpus a thousand times
+MAX_TOPK = 100  # of the server, so that a small request cannot ask for the whole corpus
+MAX_DOCUMENTS = 10_000  # queries times topk of one request
+MAX_QUERY = 2**15  # characters; the client cuts a longer query, which no retriever reads to its end
 BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
 ALL = slice(None)
 # `\w` of the module re leaves out combining marks, which would cut Hindi words at their vowels
@@ -204,7 +207,8 @@ class BM25:
         Can be called from several threads. Raises TypeError if `queries` is not a list of strings, and
         ValueError if `k` is below 1."""
         _check(queries, k)
-        return [list(self._top(query, k)) for query in queries]
+        # long queries would fill the memory, and hardly come twice
+        return [list((self._top if len(q) < 1000 else self._top.__wrapped__)(q, k)) for q in queries]
 
 
 class RetrieverError(RuntimeError):
@@ -230,11 +234,22 @@ class Remote:
         self.timeout, self.retries = timeout, retries
 
     def search(self, queries: list[str], k: int) -> list[list[Doc]]:
-        """For each query up to `k` documents in the server's order. Raises RetrieverError if the server gives
-        no valid reply."""
+        """For each query up to `k` documents in the server's order. Many or long queries are sent in several
+        requests, within the bounds of our server. Raises RetrieverError if the server gives no valid reply to
+        one of them."""
         _check(queries, k)
-        if not queries:
-            return []
+        parts: list[list[str]] = []
+        size = MAX_REQUEST
+        for query in (query[:MAX_QUERY] for query in queries):
+            bytes_needed = len(json.dumps(query)) + 2
+            if size + bytes_needed > MAX_REQUEST - 1000 or (len(parts[-1]) + 1) * k > MAX_DOCUMENTS:
+                parts.append([])
+                size = 0
+            parts[-1].append(query)
+            size += bytes_needed
+        return [docs for part in parts for docs in self._ask(part, k)]
+
+    def _ask(self, queries: list[str], k: int) -> list[list[Doc]]:
         request = {"queries": queries, "topk": k, "return_scores": True}
         for attempt in range(self.retries + 1):
             if attempt:
@@ -261,7 +276,9 @@ class Remote:
 
 def _scored(item) -> Doc:
     doc = _doc(item["document"] if isinstance(item, dict) and "document" in item else item)
-    return replace(doc, score=float(item.get("score", 0.0)))
+    if not math.isfinite(score := float(item.get("score", 0.0))):
+        raise ValueError(f"the score of a document is {score}")
+    return replace(doc, score=score)
 
 
 def open_retriever(config, splits: dict[str, str]):
@@ -315,8 +332,12 @@ class Handler(BaseHTTPRequestHandler):
             queries, k, scored = self.request_body()
         except (ValueError, TypeError, RecursionError) as error:
             return self.reply(400, {"error": str(error)})
-        result = []
-        for docs in self.server.retriever.search(queries, k):
+        result, size = [], 0
+        for query in queries:
+            [docs] = self.server.retriever.search([query], k)
+            size += sum(len(doc.title) + len(doc.text) for doc in docs)
+            if size > MAX_REPLY:
+                return self.reply(400, {"error": f"the reply is larger than {MAX_REPLY} characters"})
             row = [{"id": doc.id, "contents": f'"{doc.title}"\n{doc.text}'} for doc in docs]
             if scored:
                 row = [{"document": item, "score": doc.score} for item, doc in zip(row, docs, strict=True)]
@@ -340,6 +361,8 @@ class Handler(BaseHTTPRequestHandler):
         _check(queries, k)
         if k > MAX_TOPK:
             raise ValueError(f"topk is larger than {MAX_TOPK}")
+        if len(queries) * k > MAX_DOCUMENTS:
+            raise ValueError(f"the request asks for more than {MAX_DOCUMENTS} documents (queries times topk)")
         return queries, k, request.get("return_scores") is True
 
     def reply(self, status: int, content: dict):

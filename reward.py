@@ -306,7 +306,8 @@ def zerosearch(episode: Episode, question: Question, **_) -> dict[str, float]:
 
 def research(episode: Episode, question: Question, *, paper: bool = False, **_) -> dict[str, float]:
     """The rule of ReSearch's code, in [0, 1]: 0 for a broken format, a missing end token or a missing box,
-    else F1, or 0.1 if F1 is 0. (In the code an empty box earns 0.1 too; here it counts as missing.)
+    else F1, or 0.1 if F1 is 0. So an F1 of 0.05 earns less than one of 0, as in the code. (In the code an
+    empty box earns 0.1 too; here it counts as missing.)
 
     A format is sound under three conditions: there are as many <think> as </think>, and at least one; there
     is exactly one <answer>, which holds a box; and a result follows every search. `paper` selects eq. 2 of
@@ -333,6 +334,19 @@ def ssrl(episode: Episode, question: Question, **_) -> dict[str, float]:
     return {"reward": 0.9 * em + 0.1 * form, "em": em, "f": form}
 
 
+def block_bodies(text: str, tag: str) -> list[str]:
+    """What the pattern <tag>(.*?)</tag> finds, in linear time: the pattern would search for the end of the
+    text again at each opening tag without a partner."""
+    bodies, start = [], None
+    for found in re.finditer(rf"<(/?){tag}>", text):
+        if not found[1]:
+            start = found.end() if start is None else start
+        elif start is not None:
+            bodies.append(text[start : found.start()])
+            start = None
+    return bodies
+
+
 def ssrl_format(text: str) -> float:
     """SSRL's format score, in [0, 1]. It is 0 if the text has one of the faults listed below. Otherwise, with
     T <think> blocks and S <search> blocks, it is
@@ -342,7 +356,7 @@ def ssrl_format(text: str) -> float:
     so that one thought without a search gives 0.5, and think search information think answer gives 1."""
     text = text.strip()
     tags = re.findall(r"<(/?\w[^<>]*)>", text)
-    blocks = {k: re.findall(rf"<{k}>(.*?)</{k}>", text, re.DOTALL) for k in SSRL.tags}
+    blocks = {k: block_bodies(text, k) for k in SSRL.tags}
     t, s = tags.count("think"), tags.count("search")
     placeholders = dict(think="thoughts", answer="answer", search="query", information="information")
     searches = [i for i, tag in enumerate(tags) if tag == "search"]

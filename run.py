@@ -316,6 +316,8 @@ class Run:
             raise InputError(f"--output_dir {self.out}: {need}")
         print("\n".join(f"{f.name:24} {getattr(config, f.name)}" for f in fields(config)))
         self.out.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.out.glob("checkpoint-*.tmp"):  # a crash left them; they can be very large
+            shutil.rmtree(unfinished, ignore_errors=True)
         replace_bytes(
             self.out / "run.json", json.dumps(asdict(replace(config, resume=False)), indent=1).encode()
         )

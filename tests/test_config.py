@@ -337,3 +337,25 @@ def test_a_date_that_is_none(text):
         check(Config(date=text))
     with pytest.raises(InputError, match=f"--date {text}"):
         evaluate.check(evaluate.Config(model="m", data="d", date=text))
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full", ">/dev/full 2>&1", ">&- 2>&-"])
+def test_streams_that_cannot_be_written_to_end_no_program(tmp_path, stream):
+    """A warning, a bar or a table that cannot be printed is lost, and the program goes on."""
+    code = """
+import config, os, sys
+from tqdm import tqdm
+place = os.environ["PLACE"]
+config.parse(config.Config, "p")
+for i in tqdm(range(3), file=sys.stderr):
+    tqdm.write("a warning")
+    print("a table", flush=True)
+sys.stderr.isatty()
+open(place, "w").write("done")
+"""
+    (tmp_path / "code.py").write_text(code)
+    command = f"'{sys.executable}' '{tmp_path}/code.py' '{tmp_path}/done' {stream}"
+    done = subprocess.run(
+        command, shell=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0 and (tmp_path / "done").read_text() == "done"

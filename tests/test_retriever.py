@@ -738,3 +738,58 @@ def test_the_servers_own_message_is_shown():
         assert "HTTP 400 Bad Request: topk is larger than 100 (attempt 1" in failure(Remote(url))
     with fake((503, b"<html><h1>Busy</h1>\n<p>try later</p>")) as (url, _):
         assert "HTTP 503 Service Unavailable: Busy try later (attempt 2" in failure(Remote(url, retries=1))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# bounds of the client and of the server
+
+
+def test_many_and_long_queries_are_split(served, monkeypatch):
+    """Each request has to stay within the bounds of the server, and the order of the queries is kept."""
+    url, bm25 = served
+    sizes, real = [], retriever.post
+
+    def spy(url, content, timeout):
+        sizes.append((len(json.dumps(content)), len(content["queries"]) * content["topk"]))
+        return real(url, content, timeout)
+
+    monkeypatch.setattr(retriever, "post", spy)
+    rambling = [f"poland {i} " + "\U0001f600 word " * 3000 for i in range(35)]
+    assert Remote(url).search(rambling, 2) == bm25.search(rambling, 2) and len(sizes) > 1
+    short = [("poland", "tokyo", "x")[i % 3] for i in range(12_000)]
+    assert Remote(url).search(short, 2) == bm25.search(short, 2)
+    longer = ["\U0001f600" * 300_000 + " poland"]
+    assert Remote(url).search(longer, 2) == [[]]  # it is cut before the word
+    assert max(size for size, _ in sizes) <= retriever.MAX_REQUEST
+    assert max(documents for _, documents in sizes) <= retriever.MAX_DOCUMENTS
+
+
+def test_the_server_bounds_what_a_small_request_may_ask_for(served, monkeypatch):
+    url, _ = served
+    status, reply = post(url, {"queries": ["a"] * 200_000, "topk": 100})
+    assert status == 400 and "more than 10000 documents" in reply["error"]
+    monkeypatch.setattr(retriever, "MAX_REPLY", 200)
+    status, reply = post(url, {"queries": ["the"] * 50, "topk": 100})
+    assert status == 400 and "larger than 200 characters" in reply["error"]
+
+
+def test_long_queries_do_not_stay_in_memory():
+    bm25 = BM25(DOCS)
+    bm25.search(["poland " * 1000, "poland"], 2)
+    assert bm25._top.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", "-Infinity", '"nan"'])
+def test_a_score_that_is_no_number_is_named(score):
+    body = f'{{"result": [[{{"document": {{"id": "1", "contents": "x"}}, "score": {score}}}]]}}'.encode()
+    with fake((200, body)) as (url, _):
+        assert "the score of a document is" in failure(Remote(url))
+
+
+def test_half_a_surrogate_in_an_id_is_named(tmp_path):
+    body = b'{"result": [[{"document": {"id": "\\ud800", "contents": "x"}}]]}'
+    with fake((200, body)) as (url, _):
+        assert "surrogates not allowed" in failure(Remote(url))
+    (tmp_path / "c.jsonl").write_bytes(b'{"id": "\\ud800", "contents": "x"}')
+    with pytest.raises(InputError, match=r"c\.jsonl:1: .*surrogates"):
+        load_corpus(tmp_path / "c.jsonl")

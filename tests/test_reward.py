@@ -1417,3 +1417,28 @@ def test_long_answers_take_no_longer_than_they_are(piece):
         letter(text, CITIES)
         number(text)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize(
+    "piece",
+    ["<think>", "<think>your thoughts", "</think>", "<answer>a</answer>", "<search>q</search>", "<a<", "< "]
+    + ["\\boxed{", "the ", "(B", "1,1"],
+)
+def test_every_reward_is_linear_in_the_text(name, piece):
+    """Sixteen times the text may take about sixteen times as long. A quadratic rule takes 256 times as long;
+    forty leaves room for a busy machine."""
+    template = next(m.template for m in METHODS.values() if REWARDS[name].fits(m.template))
+    questions = {"(B": gold("B", choices=CITIES), "1,1": gold("7", source="gsm8k")}
+
+    def seconds(n):
+        text = f"<think>a</think>{piece * n}<answer>{piece * n}</answer>"
+        e = Episode(GOLD, [], stop="eos", segments=[Segment("model", [], text)], template=template)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            REWARDS[name](e, questions.get(piece, GOLD), group=[e])
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(8000) < max(0.1, 40 * seconds(500))

@@ -574,3 +574,11 @@ def test_files_are_flushed_through_a_handle_that_can_be_written_to(world, lively
     monkeypatch.setattr(os, "fsync", spy)
     assert run_main(world | {"max_steps": "2"}) == 0
     assert len(modes) >= 6 and set(modes) == {os.O_RDWR}
+
+
+def test_what_a_crash_left_of_a_checkpoint_is_removed(world, lively):
+    assert run_main(world | {"max_steps": "2"}) == 0
+    out = Path(world["output_dir"])
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-7.tmp")
+    assert run_main({"output_dir": world["output_dir"], "max_steps": "3"}, "--resume") == 0
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
