@@ -336,6 +336,7 @@ class Run:
         self.evaluate("after")
         if self.tables:
             print("\n" + markdown(self.tables))
+        print(f"\nCurves and transcripts: python report.py {self.out}")
 
     def evaluate(self, when: str):
         """Evaluates the model on the evaluation sets, if there are any, and adds the table to eval.json."""
