@@ -48,8 +48,8 @@ from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
-from config import Parser, fail
 from data import InputError
+from flags import Parser, fail
 
 FIGURES = re.findall(r"^    (\S+) \| (.+)\n((?: {8}.+\n)+)", __doc__ or "", re.MULTILINE)
 WRITERS = {"env": "search result", "own": "result that the model wrote itself", "forced": "forced tag"}

@@ -345,17 +345,15 @@ def test_streams_that_cannot_be_written_to_end_no_program(tmp_path, stream):
     code = """
 import config, os, sys
 from tqdm import tqdm
-place = os.environ["PLACE"]
 config.parse(config.Config, "p")
 for i in tqdm(range(3), file=sys.stderr):
     tqdm.write("a warning")
     print("a table", flush=True)
 sys.stderr.isatty()
-open(place, "w").write("done")
+open(os.environ["PLACE"], "w").write("done")
 """
-    (tmp_path / "code.py").write_text(code)
-    command = f"'{sys.executable}' '{tmp_path}/code.py' '{tmp_path}/done' {stream}"
-    done = subprocess.run(
-        command, shell=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
-    )
+    (tmp_path / "prints.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PLACE": str(tmp_path / "done")}
+    command = f"'{sys.executable}' '{tmp_path}/prints.py' {stream}"
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True)
     assert done.returncode == 0 and (tmp_path / "done").read_text() == "done"

@@ -1422,12 +1422,14 @@ def test_long_answers_take_no_longer_than_they_are(piece):
 @pytest.mark.parametrize("name", REWARDS)
 @pytest.mark.parametrize(
     "piece",
-    ["<think>", "<think>your thoughts", "</think>", "<answer>a</answer>", "<search>q</search>", "<a<", "< "]
-    + ["\\boxed{", "the ", "(B", "1,1"],
+    "<think>|<think>your thoughts|</think>|<answer>a</answer>|<search>q</search>|<a<|< |\\boxed{|the |(B|1,1".split(
+        "|"
+    ),
 )
 def test_every_reward_is_linear_in_the_text(name, piece):
     """Sixteen times the text may take about sixteen times as long. A quadratic rule takes 256 times as long;
     forty leaves room for a busy machine."""
+    piece = piece.replace("_", " ")
     template = next(m.template for m in METHODS.values() if REWARDS[name].fits(m.template))
     questions = {"(B": gold("B", choices=CITIES), "1,1": gold("7", source="gsm8k")}
 
