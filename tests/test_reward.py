@@ -1419,13 +1419,13 @@ def test_long_answers_take_no_longer_than_they_are(piece):
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("name", REWARDS)
-@pytest.mark.parametrize(
-    "piece",
-    "<think>|<think>your thoughts|</think>|<answer>a</answer>|<search>q</search>|<a<|< |\\boxed{|the |(B|1,1".split(
-        "|"
-    ),
+REPEATED = (
+    "<think> <think>your_thoughts </think> <answer>a</answer> <search>q</search> <a< \\boxed{ the_ (B 1,1"
 )
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("piece", REPEATED.split())
 def test_every_reward_is_linear_in_the_text(name, piece):
     """Sixteen times the text may take about sixteen times as long. A quadratic rule takes 256 times as long;
     forty leaves room for a busy machine."""
