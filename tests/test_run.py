@@ -5,6 +5,7 @@ The tests are about the run directory, checkpoints, resuming, signals, and the s
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -582,3 +583,19 @@ def test_what_a_crash_left_of_a_checkpoint_is_removed(world, lively):
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-7.tmp")
     assert run_main({"output_dir": world["output_dir"], "max_steps": "3"}, "--resume") == 0
     assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SIGKILL (bench/kill.py makes many more of these)
+
+
+@pytest.mark.parametrize("call", [25, 45])
+def test_a_killed_run_ends_like_an_undisturbed_one(world, undisturbed, tmp_path, call):
+    """The run is killed when it opens or renames a file for the 25th time, which is inside of the first
+    checkpoint, and for the 45th time, which is later."""
+    kill = runpy.run_path(str(ROOT / "bench" / "kill.py"))
+    trial = kill["Trial"](tmp_path, "killed", [*arguments(world), "--no-bf16"])
+    assert "exit -9" in kill["killed_at_a_call"](trial, call)
+    assert (call == 25) == ([p.suffix for p in trial.out.glob("checkpoint-*")] == [".tmp"])
+    assert not (trial.out / "model.safetensors").exists() and trial.finish() == 0
+    assert kill["differences"](trial.out, Path(undisturbed)) == "none"
