@@ -1,26 +1,20 @@
-"""Every flag of grpo.py with what it does and where its value comes from, the checks of the values, and the
-helper that turns a dataclass into a command line.
+"""Every flag of grpo.py with what it does and where its value comes from, and the checks of the values.
 
-    config, given = parse(Config, "grpo.py", toy=TOY)    # reads sys.argv; `given`: names of the flags in it
+    config, given = parse(Config, "grpo.py", toy=TOY)    # from flags.py; `given`: names of the flags in it
     check(config)                                        # InputError for a value that makes no sense
 
-A mistake is one line on stderr and exit code 2. This file imports no torch, so that programs without a model,
-such as retriever.py, start fast."""
+This file imports no torch, so that programs without a model, such as retriever.py, start fast."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import inspect
 import math
 import os
-import re
-import sys
-import typing
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from data import InputError
+from flags import comments, fail, parse  # noqa: F401 (the programs take all they need from here)
 from reward import METHODS, REWARDS
 
 
@@ -45,6 +39,7 @@ class Config:
     output_dir: str = "out/sem"  # directory of settings, metrics, transcripts, checkpoints and final weights
     resume: bool = False  # continue the run in output_dir from its newest complete checkpoint
     seed: int = 0  # of the mix, the sampling, and the toy world
+    date: str = ""  # what a chat template that prints the date prints, such as 2026-11-26; none: today
     # rollout
     prompts_per_step: int = 256  # questions a step (ReSearch)
     num_generations: int = 5  # episodes of each question, the group size G (ReSearch)
@@ -147,9 +142,18 @@ def check_ranges(config, ranges: dict[str, tuple[float, float]]):
             raise InputError(f"--{name} {value}: must be a number {bounds}")
 
 
+def check_date(text: str):
+    """Raises InputError if `text` is no date such as 2026-11-26. The empty text stands for today."""
+    try:
+        date.fromisoformat(text or "2026-11-26")
+    except ValueError:
+        raise InputError(f"--date {text}: must be a date such as 2026-11-26") from None
+
+
 def check(config: Config) -> Config:
     """Raises InputError for values that make no sense, alone or together, before anything is loaded."""
     check_ranges(config, RANGES)
+    check_date(config.date)
     if config.loss_type not in LOSS_TYPES:
         raise InputError(f"--loss_type {config.loss_type}: must be one of {', '.join(LOSS_TYPES)}")
     if config.method not in METHODS:
@@ -178,52 +182,3 @@ def check_writable(path: Path, flag: str) -> Path:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{flag} {path}: {nearest} is not a directory that can be written to")
     return nearest
-
-
-# ------------------------------------------------------------------------------------------------------------
-# from a dataclass to a command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, except that a mistake is one line without the usage before it, and that flags cannot be
-    abbreviated."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        fail(self.prog, message)
-
-
-def fail(program: str, message) -> typing.NoReturn:
-    """Prints one line that names what is wrong, and exits with code 2."""
-    print(f"{program}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def comments(cls) -> dict[str, str]:
-    """Field name -> the comment at the end of its line, which --help prints."""
-    return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
-
-
-def parse(cls, program: str, argv: list[str] | None = None, **alternatives: dict):
-    """Makes every field of the dataclass `cls` a flag. Returns (an instance of it, the names of the fields
-    that the command line gives).
-
-    `alternatives` are other sets of defaults, {"toy": {"max_steps": 60}}, which the help names beside the
-    defaults. The program decides which set applies."""
-    parser = Parser(
-        prog=program,
-        description=(cls.__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    hints, notes = typing.get_type_hints(cls), comments(cls)
-    for field in dataclasses.fields(cls):
-        types = *typing.get_args(hints[field.name]), hints[field.name]
-        kind = next(t for t in types if t is not type(None))  # float for `float | None`
-        other = "".join(f"; {name}: {d[field.name]}" for name, d in alternatives.items() if field.name in d)
-        text = f"{notes.get(field.name, '')} [{field.default}{other}]".replace("%", "%%").strip()
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
-    given = vars(parser.parse_args(argv))
-    return cls(**given), set(given)

@@ -11,22 +11,18 @@ training step as a function of (seed, step). Not here: prompts and token ids (pr
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-
-class InputError(ValueError):
-    """Something that the user gave cannot be used: a flag, a file, a model, or a size that does not fit the
-    memory. The message is one line that names what is wrong and where. A program prints it and exits with
-    code 2."""
+from files import InputError, rows, stem
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,8 @@ def load(spec: str, split: str = "train") -> list[Question]:
 
     A row with "golden_answers" is read in FlashRAG's format under every name. If it also has "choices" (the
     texts of the options), its golden answers are letters. The source of a question is the name, or the file
-    name without its ending where only a path is given.
+    name without its endings where only a path is given. A row may name another source in "data_source", as
+    in Search-R1's test.parquet, where ids are unique within a source alone; the id then begins with it.
 
     `split` (train, dev or test) selects files in a folder or on the hub; it is ignored where the path is a
     file. For a data set without a val split, val and validation mean dev. For data sets whose test answers
@@ -112,7 +109,7 @@ def load(spec: str, split: str = "train") -> list[Question]:
     name, parse, path = _resolve(spec)
     questions, dropped = [], 0
     for file in _files(name, path, split):
-        for n, (where, row) in enumerate(_rows(file)):
+        for n, (where, row) in enumerate(rows(file)):
             if row.get("answerable") is False:  # MuSiQue-Full has questions whose evidence was taken out
                 dropped += 1
                 continue
@@ -122,10 +119,12 @@ def load(spec: str, split: str = "train") -> list[Question]:
                 raise InputError(f"{where}: no key {e}") from e
             except (TypeError, AttributeError) as e:
                 raise InputError(f"{where}: a value has the wrong type ({e})") from e
-            questions.append(_question(name, where, *fields))
+            source, id, *rest = row.get("data_source") or name, *fields
+            id = id if source == name else f"{source}-{id}"
+            questions.append(_question(source, where, id, *rest))
     if dropped:
-        rows = dropped + len(questions)
-        print(f"{name}: {dropped} of {rows} rows are unanswerable and were dropped", file=sys.stderr)
+        total = dropped + len(questions)
+        print(f"{name}: {dropped} of {total} rows are unanswerable and were dropped", file=sys.stderr)
     if not questions:
         raise InputError(f"{spec}: no questions in it")
     return questions
@@ -140,7 +139,7 @@ def paragraphs(spec: str, split: str = "train") -> list[Doc]:
         return []
     pairs = {}  # a dict, because it keeps the order, which a set does not
     for file in _files(name, path, split):
-        for where, row in _rows(file):
+        for where, row in rows(file):
             try:
                 pairs |= dict.fromkeys(_context(row))
             except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -179,18 +178,53 @@ def _mmlu(row, n):
 def _question(source: str, where: str, id, text, answers, choices) -> Question:
     if not isinstance(answers, list) or not isinstance(choices or [], list):
         raise InputError(f"{where}: answers and choices are lists")
-    if not all(isinstance(t, str) for t in [text, *answers, *(choices or [])]):
-        raise InputError(f"{where}: question, answers and choices are texts")
+    if not all(isinstance(t, str) for t in [source, text, *answers, *(choices or [])]):
+        raise InputError(f"{where}: question, answers, choices and data_source are texts")
     if not text.strip():
         raise InputError(f"{where}: the question is empty")
     answers = list(dict.fromkeys(a for a in answers if a.strip()))
     if not answers:
         raise InputError(f"{where}: no answer")
+    if source == "gsm8k" and (wrong := [a for a in answers if number(a) is None]):
+        raise InputError(f"{where}: the answer {wrong[0]!r} is not a number")
     letters = [chr(65 + i) for i in range(len(choices or []))]
     for answer in answers:
         if letters and answer not in letters:
             raise InputError(f"{where}: answer {answer!r} is not one of the letters A-{letters[-1]}")
     return Question(str(id), text, answers, source, choices or None)
+
+
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")  # LaTeX: \frac{1}{2}
+_COMMA = re.compile(r"\{,\}|\\,|(?<=\d)[\u2009\u202f](?=\d{3})")  # LaTeX's commas, and thin blanks
+_NAME = re.compile(r"(?<!\w)[^\W\d_]\w*")  # a word that begins with a letter: the digits of CO2 are no number
+_MINUS = r"[-\u2212\u2013\uff0d]"  # hyphen, minus, en dash, full-width hyphen
+_INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)"  # commas stand only between groups of three
+_NUMBER = re.compile(
+    rf"""(?: (?<![\w)\]}}]) (?P<minus>{_MINUS}) )?    # no minus: 3-5, x-5, f(x)-5
+    (?: \\?[$\u20ac\xa3\xa5] \s? (?P<inner>{_MINUS})? )?
+    (?: (?<!\w) (?:(?P<whole>\d+)\s+)? (?P<top>\d+) \s*/\s* (?P<bottom>\d+)
+    |   (?P<decimal> (?: (?<!\w){_INTEGER}(?:\.\d+)? | (?<![\w.])\.\d+ ) (?:e[-+]?\d{{1,2}}(?!\d))? ) )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def number(text: str) -> Fraction | None:
+    r"""The value of the only number in a text: 9500 for "$9{,}500", "9,500.00 dollars" or "\boxed{9500}".
+    None if there is not exactly one, as in "3-5" or "9,50". Units and percent signs are left out, because the
+    answers of GSM8K leave them out."""
+    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)  # 2\frac{1}{2} is 2 1/2
+    text = _FRACTION.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]} ", text)
+    text = _NAME.sub("w", _COMMA.sub(",", text.replace("\\!", "")))
+    found = _NUMBER.search(text)
+    if not found or len(found[0]) > 400 or re.search(r"\d", text[: found.start()] + text[found.end() :]):
+        return None
+    if found["decimal"]:
+        value = Fraction(found["decimal"].replace(",", ""))
+    elif int(found["bottom"]):
+        value = int(found["whole"] or 0) + Fraction(int(found["top"]), int(found["bottom"]))
+    else:
+        return None
+    return -value if found["minus"] or found["inner"] else value
 
 
 def _context(row: dict) -> list[tuple[str, str]]:
@@ -263,7 +297,7 @@ def _resolve(spec: str) -> tuple[str, Callable, str]:
     if name in _SETS and bool(colon) == bool(path):
         return name, _SETS[name][1], path
     if os.path.isfile(spec):
-        return Path(spec).stem, _flashrag, spec
+        return stem(spec), _flashrag, spec
     names = ", ".join(_SETS)
     raise InputError(f"{spec!r} is neither a file nor a data set (NAME or NAME:PATH, NAME one of {names})")
 
@@ -282,8 +316,9 @@ def _files(name: str, path: str, split: str) -> list[Path]:
         return _download(name, remote)
     for pattern in local:
         for folder in (Path(path), Path(path, "data")):
-            if files := sorted(folder.glob(pattern)):
-                return files
+            for packed in ("", ".gz", ".bz2"):
+                if files := sorted(folder.glob(pattern + packed)):
+                    return files
     raise InputError(f"{path}: no {' or '.join(local)} in it")
 
 
@@ -303,88 +338,6 @@ def _download(name: str, files: list[str]) -> list[Path]:
         raise InputError(f"{reason}: give {form} instead: {name}:PATH") from e
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """Yields (place, row) for every row of a file, whose ending tells its format. Only a JSON list is read
-    into memory as a whole."""
-    read = {".csv": _csv, ".json": _json_list, ".parquet": _parquet}.get(file.suffix, _jsonl)
-    try:
-        for where, row in read(file):
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: a row is a JSON object")
-            yield where, row
-    except OSError as e:
-        raise InputError(f"{file}: {e.strerror or e}") from e
-
-
-def _jsonl(file: Path) -> Iterator[tuple[str, dict]]:
-    return ((f"{file}:{n}", _json(line, file, n)) for n, line in _lines(file) if line.strip())
-
-
-def _csv(file: Path) -> Iterator[tuple[str, dict]]:
-    """MMLU's table: question, A, B, C, D, letter, without a header. A quoted question can span lines."""
-    reader = csv.reader((line for _, line in _lines(file)), strict=True)  # strict: open quotes are errors
-    where = f"{file}:1"
-    try:
-        for cells in reader:
-            if cells and len(cells) != 6:
-                raise InputError(f"{where}: {len(cells)} columns instead of 6 (question, A, B, C, D, letter)")
-            if cells:
-                row = {"question": cells[0], "choices": cells[1:5], "answer": cells[5], "subject": file.stem}
-                yield where, row
-            where = f"{file}:{reader.line_num + 1}"
-    except csv.Error as e:
-        raise InputError(f"{where}: not CSV: {e}") from e
-
-
-def _json_list(file: Path) -> Iterator[tuple[str, dict]]:
-    rows = _json(_text(file.read_bytes(), file, 1), file, 1)
-    if not isinstance(rows, list):
-        raise InputError(f"{file}: not a JSON list of rows")
-    return ((f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, dict]]:
-    n = 0
-    try:
-        from pyarrow import parquet
-
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                n += 1
-                yield f"{file}, row {n}", row
-    except Exception as e:  # pyarrow is missing or the file is broken; its errors have no common class
-        reason = str(e).partition("\n")[0]
-        raise InputError(f"{file}, after row {n}: not readable as parquet: {reason}") from e
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    with open(file, "rb") as f:
-        for n, line in enumerate(f, 1):
-            yield n, _text(line, file, n)
-
-
-def _text(raw: bytes, file: Path, line: int) -> str:
-    try:
-        # Editors on Windows write a byte order mark at the start of a file. MMLU has one inside a file too,
-        # which belongs to its row and is kept.
-        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as e:
-        line += raw.count(b"\n", 0, e.start)
-        raise InputError(f"{file}:{line}: not UTF-8") from e
-
-
-def _json(text: str, file: Path, line: int):
-    """The value of a JSON text that starts on that line of the file."""
-    try:
-        value = json.loads(text.rstrip())  # so that an error at the very end is reported for the last line
-        if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, but no tokenizer accepts it
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as e:  # malformed, half a pair, a number too long, nested too deep
-        line += getattr(e, "lineno", 1) - 1
-        raise InputError(f"{file}:{line}: not JSON: {getattr(e, 'msg', e)}") from e
-
-
 # ------------------------------------------------------------------------------------------------------------
 # several data sets, and the mix of a training step
 
@@ -394,12 +347,15 @@ def load_sets(specs: str, split: str, size: int = 0) -> dict[str, list[Question]
     are drawn, always the same ones."""
     sets: dict[str, list[Question]] = {}
     for spec in filter(None, (s.strip() for s in specs.split(","))):
-        questions = load(spec, split)
-        if questions[0].source in sets:
-            raise InputError(f"{spec}: a second data set named {questions[0].source}")
-        if 0 < size < len(questions):  # a random draw, because the files of MMLU are sorted by subject
-            questions = random.Random(0).sample(questions, size)
-        sets[questions[0].source] = questions
+        found: dict[str, list[Question]] = {}
+        for question in load(spec, split):
+            found.setdefault(question.source, []).append(question)
+        for source, questions in found.items():
+            if source in sets:
+                raise InputError(f"{spec}: a second data set named {source}")
+            if 0 < size < len(questions):  # a random draw, because the files of MMLU are sorted by subject
+                questions = random.Random(0).sample(questions, size)
+            sets[source] = questions
     return sets
 
 

@@ -26,20 +26,23 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from config import check_ranges, check_writable, fail, parse
+from config import check_date, check_ranges, check_writable, fail, parse
 from data import Episode, InputError, Question, load_sets
-from measures import Record, is_right, judge, measure, report, verdicts
+from disk import append_rows
+from measures import JudgeError, Record, is_right, judge, measure, report, verdicts
 from model import check_prompts, load_model, probe
-from prompts import COT, DIRECT, RAG, Template, encode_foreign
+from prompts import COT, DIRECT, RAG, Template, encode_foreign, passage, set_date
 from retriever import RetrieverError, open_retriever
 from reward import METHODS, f1, parse_episode
 from rollout import detokenize, rollout
 from runner import ModelRunner
+from web import check_url
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Config:
     closed_book: bool = True  # also the closed-book and the forced pass: three times the time
     samples: int = 0  # sampled episodes a question for pass@k (SSRL); 0: none
     judge_url: str = ""  # OpenAI-compatible endpoint that judges answers (LJ); the key is in OPENAI_API_KEY
+    date: str = ""  # what a chat template that prints the date prints; none: as its run.json says, else today
     judge_model: str = "gpt-4o-mini"  # the model of that endpoint (ReSearch)
     output: str = "eval.json"  # where the figures are written
 
@@ -169,7 +173,7 @@ def retrieve_once(sets: dict[str, list[Question]], retriever, topk: int, max_doc
         for question, docs in zip(questions, found, strict=True):
             lines = []
             for i, doc in enumerate(docs, 1):
-                ids = encode_foreign(f"{doc.title}: {doc.text}", tokenizer, RAG)[:max_doc_tokens]
+                ids = encode_foreign(passage(doc), tokenizer, RAG)[:max_doc_tokens]
                 lines.append(f"Doc {i}: {detokenize(tokenizer, ids)}\n")
             text = "".join(lines) + f"\nQuestion: {question.text}"
             with_documents[name].append(replace(question, text=text))
@@ -184,15 +188,19 @@ def as_trained(config: Config, given: set[str]) -> Config:
     """Takes the method and the budget from the run.json of the model, except for what is `given`."""
     folder = Path(config.model)
     run = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+    today = date.today().isoformat()
     if not run.exists():
-        return replace(config, method=config.method or "sem")
+        return replace(config, method=config.method or "sem", date=config.date or today)
     try:
         stored = json.loads(run.read_text())
-        names = set("topk max_searches max_completion_length max_doc_tokens tau".split()) - given
+        names = set("topk max_searches max_completion_length max_doc_tokens tau date".split()) - given
         same = {name: type(getattr(config, name))(stored[name]) for name in names & set(stored)}
-        return replace(config, method=config.method or str(stored.get("method", "sem")), **same)
+        config = replace(config, method=config.method or str(stored.get("method", "sem")), **same)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{run}: not the settings of a run; give --method") from error
+    if not config.date:
+        tqdm.write(f"warning: {run} has no date; a chat template that prints one gets {today}")
+    return replace(config, date=config.date or today)
 
 
 def check(config: Config, given: set[str] = frozenset()) -> Config:
@@ -203,6 +211,7 @@ def check(config: Config, given: set[str] = frozenset()) -> Config:
             raise InputError(f"--{name} is needed")
     config = as_trained(config, given)
     check_ranges(config, RANGES)
+    check_date(config.date)
     if config.method not in METHODS:
         raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     if config.baseline not in ("", *BASELINES, "always"):
@@ -212,6 +221,8 @@ def check(config: Config, given: set[str] = frozenset()) -> Config:
         raise InputError(f"--real_searches {real}: only for a method that writes its own results (ssrl)")
     if real and real not in ("all", "entropy") and not real.isdecimal():
         raise InputError(f"--real_searches {real}: must be a number, all or entropy")
+    if config.judge_url:
+        check_url(config.judge_url, "--judge_url")
     if Path(config.output).exists():  # it may be the result of hours, and --known reads such a file
         raise InputError(f"--output {config.output}: it exists; give another name")
     check_writable(Path(config.output), "--output")
@@ -236,19 +247,16 @@ class Transcripts:
         path.write_text("")
 
     def log(self, name: str, kind: str, episodes: list[Episode]):
-        with open(self.path, "a", encoding="utf-8") as file:
-            for e in episodes:
-                row = {"set": name, "pass": kind, "id": e.question.id, "question": e.question.text}
-                row |= {
-                    "answers": e.question.answers,
-                    "answer": parse_episode(e).answer,
-                    "right": is_right(e),
-                }
-                row |= {"searches": e.searches, "stop": e.stop}
-                row["segments"] = [{"kind": s.kind, "text": s.text} for s in e.segments]
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if kind == "normal":
-                    self.episodes[name, e.question.id] = e
+        rows = []
+        for e in episodes:
+            row = {"set": name, "pass": kind, "id": e.question.id, "question": e.question.text}
+            row |= {"answers": e.question.answers, "answer": parse_episode(e).answer, "right": is_right(e)}
+            row |= {"searches": e.searches, "stop": e.stop}
+            row["segments"] = [{"kind": s.kind, "text": s.text} for s in e.segments]
+            rows.append(row)
+            if kind == "normal":
+                self.episodes[name, e.question.id] = e
+        append_rows(self.path, rows)
 
 
 def save(records: dict[str, list[Record]], config: Config, with_known: bool) -> dict:
@@ -272,9 +280,14 @@ def main(config: Config, given: set[str] = frozenset()):
             raise InputError(f"{name}: {count} questions have the id {id}; they cannot be told apart")
     if config.judge_url:
         first = next(iter(sets.values()))[0]
-        if judge(first, first.answer_texts()[0], config.judge_url, config.judge_model) is None:
-            raise InputError(f"--judge_url {config.judge_url}: no verdict from it")
+        try:
+            judge(first, first.answer_texts()[0], config.judge_url, config.judge_model)
+        except JudgeError as error:
+            raise InputError(f"--judge_url {config.judge_url}: {error}") from error
     known = load_known(config.known) if config.known else {}
+    for name, questions in sets.items() if config.known else ():
+        if not known.get(name, set()) & {q.id for q in questions}:
+            tqdm.write(f"warning: {name}: --known {config.known} has none of its questions")
 
     template = BASELINES.get(config.baseline, METHODS[config.method].template)
     real = config.real_searches if template.self_search else "all"
@@ -284,6 +297,7 @@ def main(config: Config, given: set[str] = frozenset()):
         max_searches = int(real) if real.isdecimal() else max_searches
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tokenizer = load_model(config.model, device, dtype)
+    set_date(tokenizer, config.date)
     closed_book, rag = config.closed_book, config.baseline == "rag"
     plain = {(name, q.id): q for name, rows in sets.items() for q in rows}  # the judge sees no documents
     if rag:
@@ -314,8 +328,6 @@ def main(config: Config, given: set[str] = frozenset()):
         judged = verdicts(answers, config.judge_url, config.judge_model, name)
         for record, verdict in zip(rows, judged, strict=True):
             record.judged = verdict
-        if silent := judged.count(None):
-            tqdm.write(f"warning: {name}: the judge did not answer on {silent} of {len(rows)} questions")
         table = save(records, config, closed_book)
     print(report(table))
 

@@ -27,9 +27,10 @@ from tqdm import tqdm
 import kernels
 from config import LOSS_TYPES, TOY, Config, fail, parse
 from data import Episode, InputError, mix
+from disk import lock
 from measures import step_metrics
 from rollout import rollout, split_by_tokens
-from run import Run, Signals, hold_signals, resolve
+from run import Run, SaveError, Signals, hold_signals, place, resolve
 from simulator import noise_share
 
 # ------------------------------------------------------------------------------------------------------------
@@ -303,6 +304,8 @@ def train(run: Run) -> int:
                 if run.step % config.save_steps == 0 or run.step == config.max_steps:
                     run.save_checkpoint()
                 signals.release()
+        except SaveError:
+            raise
         except InputError:
             run.save_checkpoint()
             raise
@@ -334,11 +337,12 @@ def warn(metrics: dict) -> bool:
 
 def main(config: Config, given: set[str]) -> int:
     """Trains, with a table of the evaluation sets before and after. Returns the exit code."""
-    run = Run(resolve(config, given))
-    run.start()
-    if code := train(run):
-        return code
-    run.finish()
+    with lock(place(config, given).output_dir):
+        run = Run(resolve(config, given))
+        run.start()
+        if code := train(run):
+            return code
+        run.finish()
     return 0
 
 

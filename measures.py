@@ -12,12 +12,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from http.client import HTTPException
 
 import numpy as np
 import torch
@@ -25,6 +22,7 @@ from tqdm import tqdm
 
 from data import Episode, Question
 from reward import exact_match, parse_episode
+from web import RequestError, last_object, post
 
 
 def is_right(episode: Episode) -> bool:
@@ -283,10 +281,14 @@ def report(table: dict[str, dict[str, dict[str, float]]]) -> str:
 # LJ: a language model as the judge
 
 
-def judge(question: Question, answer: str, url: str, model: str) -> bool | None:
+class JudgeError(RuntimeError):
+    """The judge did not answer, or its answer is no verdict. The message is one line that says which."""
+
+
+def judge(question: Question, answer: str, url: str, model: str) -> bool:
     """Whether an OpenAI-compatible endpoint finds the answer right. The criterion is ReSearch's (arXiv
-    2503.19470, appendix): the same meaning as one of the golds. The wording is ours. None if the endpoint
-    gives no verdict within a minute."""
+    2503.19470, appendix): the same meaning as one of the golds. The wording is ours. Raises JudgeError if the
+    endpoint gives no verdict within a minute."""
     prompt = (
         "Is the answer right? It is right if it means the same as at least one of the reference answers. "
         'Reply with JSON only: {"rationale": "...", "judgement": "correct" or "incorrect"}.\n\n'
@@ -295,27 +297,40 @@ def judge(question: Question, answer: str, url: str, model: str) -> bool | None:
         + f"Reference answers: {json.dumps(question.answers + question.answer_texts())}\nAnswer: {answer}"
     )
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
-    key = os.environ.get("OPENAI_API_KEY", "")
-    head = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    head = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '').strip()}"}
     try:
-        address = f"{url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), head)
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            text = json.load(reply)["choices"][0]["message"]["content"]
-        verdict = json.loads(text[text.index("{") : text.rindex("}") + 1])["judgement"]
-        return {"correct": True, "incorrect": False}.get(verdict)
-    except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return None
+        reply = post(f"{url.rstrip('/')}/chat/completions", body, timeout=60, headers=head)
+    except RequestError as error:
+        raise JudgeError(str(error)) from error
+    try:
+        text = json.loads(reply)["choices"][0]["message"]["content"]
+        verdict = str(last_object(text)["judgement"]).strip().lower()
+        return {"correct": True, "incorrect": False}[verdict]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(reply[:10_000].decode(errors="replace").split())
+        raise JudgeError(f"no verdict in its reply: {said[:200]}") from error
 
 
 def verdicts(answers: list[tuple[Question, str]], url: str, model: str, name: str) -> list[bool | None]:
-    """The judge's verdict on each answer of the set `name`. After 32 answers in a row without a verdict the
-    rest is not sent, because each could take a minute."""
-    results: list[bool | None] = []
+    """The judge's verdict on each answer of the set `name`; None, with a warning, where it gave none. After
+    32 answers in a row without a verdict the rest is not sent, because each could take a minute."""
+    results: list[bool | JudgeError] = []
+
+    def ask(question: Question, answer: str) -> bool | JudgeError:
+        try:
+            return judge(question, answer, url, model)
+        except JudgeError as error:
+            return error
+
     with ThreadPoolExecutor(8) as pool:
         for i in tqdm(range(0, len(answers), 32), desc=f"{name}, judge"):
-            if i and results[-32:] == [None] * 32:
-                return results + [None] * (len(answers) - i)
-            ask = partial(judge, url=url, model=model)
             results += pool.map(ask, *zip(*answers[i : i + 32], strict=True))
-    return results
+            if all(isinstance(result, JudgeError) for result in results[-32:]):
+                break
+    errors = [result for result in results if isinstance(result, JudgeError)]
+    known: list[bool | None] = [None if isinstance(result, JudgeError) else result for result in results]
+    known += [None] * (len(answers) - len(results))
+    if errors:
+        missing = f"no verdict on {known.count(None)} of {len(known)} questions"
+        tqdm.write(f"warning: {name}: the judge gave {missing}; the first reason: {errors[0]}")
+    return known

@@ -1,8 +1,9 @@
 """Loads a model and its tokenizer from a directory or the hub, and checks that this code handles it right.
 
-`load_model` refuses a checkpoint that is incomplete. `check_prompts` refuses prompts that do not fit. `probe`
-refuses a model that the sampler's cache, or the loss, would get wrong. All of them say why in one line,
-before anything is trained. The forward passes of sampling are in runner.py.
+`load_model` takes a plain checkpoint of floating-point weights and refuses one that is incomplete, quantized
+or an adapter. `check_prompts` refuses prompts that do not fit. `probe` refuses a model that the sampler's
+cache, or the loss, would get wrong. All of them say why in one line, before anything is trained. The forward
+passes of sampling are in runner.py, and disk.write_model writes a model.
 
     model, tokenizer = load_model("Qwen/Qwen2.5-3B-Instruct", "cuda")
     longest = check_prompts(model, tokenizer, SEM, questions)
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from cache import SlotCache, context_length
@@ -29,23 +32,43 @@ transformers_logging.disable_progress_bar()  # grpo.py and evaluate.py show bars
 
 def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     """(model, tokenizer) of a hub id or a local directory, without any dropout. Raises InputError, which
-    names the `flag`, for anything that is missing.
+    names the `flag`, for anything that is missing, quantized or an adapter.
 
     Code that comes with a checkpoint is never run. Attention is SDPA, because the masks of the sampler are
     boolean; only decode steps on a GPU have a kernel of their own (runner.step_hidden)."""
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise InputError(f"{flag} {name}: no such directory")
+    adapter = "it holds an adapter (adapter_config.json); merge it into its base model"
+    if os.path.exists(
+        os.path.join(name, "adapter_config.json")
+    ):  # peft would apply it, to merged weights too
+        raise InputError(f"{flag} {name}: {adapter}, or remove that file if the weights are merged already")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if any(getattr(c, "quantization_config", None) for c in (config, config.get_text_config())):
+            raise ValueError("its weights are quantized (quantization_config), and cannot be trained here")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        kinds = stored_types(os.path.dirname(cached_file(name, "config.json")))
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError
+    ) as error:  # fmt: skip
         kind = "directory" if os.path.isdir(name) else "hub id"
         reason = first_line(error)
         raise InputError(f"{flag} {name}: no model and tokenizer from this {kind}: {reason}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{flag} {name}: {adapter}")
+    if other := sorted(kinds - {"F64", "F32", "F16", "BF16"}):  # transformers casts without the scales
+        raise InputError(f"{flag} {name}: some of its weights are stored as {other[0]}, and not as floats")
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"{flag} {name}: {len(missing)} of its weights are missing, {missing[0]} for one")
+    # transformers drops weights for which the model has no place: scales, biases, adapters, further layers
+    if extra := sorted(k for k in report["unexpected_keys"] if hasattr(model, k.partition(".")[0])):
+        raise InputError(
+            f"{flag} {name}: {len(extra)} of its weights have no place in the model, {extra[0]} for one"
+        )
     if not len(tokenizer) or not tokenizer.is_fast:
         raise InputError(f"{flag} {name}: it has no tokenizer.json")
     if not tokenizer.chat_template:
@@ -60,6 +83,15 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     return model.to(device), tokenizer
+
+
+def stored_types(folder: str) -> set[str]:
+    """The types of the weights in the safetensors files of a folder, such as {"BF16"}."""
+    kinds = set()
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            kinds |= {file.get_slice(k).get_dtype() for k in file.keys() if k.endswith(".weight")}
+    return kinds
 
 
 def check_prompts(model, tokenizer, template: Template, questions: list[Question]) -> int:
@@ -77,6 +109,10 @@ def check_prompts(model, tokenizer, template: Template, questions: list[Question
             why = f"has {n} tokens; the context of --model holds {context}"
             raise InputError(f"the prompt of {q.id} ({q.source}) {why}")
     prompt = render(template, longest, tokenizer)
+    if any(render(template, longest, tokenizer) != prompt for _ in range(3)):
+        raise InputError(
+            "the chat template of --model makes another prompt each time (a random choice in it)"
+        )
     if not template.raw and "<think>" in tokenizer.decode(prompt[-8:]):
         raise InputError("the chat template of --model writes <think> itself; the model is expected to do it")
     return len(prompt)

@@ -14,11 +14,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from datetime import date, datetime
+from functools import lru_cache
 
-from jinja2 import TemplateError
-
-from data import Doc, Question
+from data import Doc, InputError, Question
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _forbidden(tokenizer, template: Template) -> tuple[re.Pattern, frozenset[int
     added token, and the ids of the added tokens."""
     added = tokenizer.added_tokens_decoder  # id -> AddedToken
     texts = sorted((t.content for t in added.values() if t.content.strip()), key=len, reverse=True)
-    tags = rf"<\s*/?\s*(?:{'|'.join(template.tags)})\s*/?\s*>"
+    tags = rf"<\s*(?:/\s*)?(?:{'|'.join(template.tags)})\s*(?:/\s*)?>"
     return re.compile("|".join([tags, *map(re.escape, texts)]), re.IGNORECASE), frozenset(added)
 
 
@@ -151,6 +150,11 @@ def encode_foreign(text: str, tokenizer, template: Template) -> tuple[int, ...]:
     return tuple(i for i in ids if i not in added)  # no space can break an added token of one character
 
 
+def passage(doc: Doc) -> str:
+    """A document as a model sees it: "title: text", or the text alone if there is no title."""
+    return f"{doc.title}: {doc.text}" if doc.title.strip() else doc.text
+
+
 def encode_result(docs: list[Doc], tokenizer, template: Template, max_doc_tokens: int = 512) -> list[int]:
     """Token ids of a search result: the documents between the result tags, each as "title: text" and cut to
     `max_doc_tokens` tokens. The layout is our choice.
@@ -159,7 +163,7 @@ def encode_result(docs: list[Doc], tokenizer, template: Template, max_doc_tokens
     opening, newline, closing, nothing_found = _result_frame(tokenizer, template)
     ids = [*opening]
     for doc in docs:
-        ids += encode_foreign(f"{doc.title}: {doc.text}", tokenizer, template)[:max_doc_tokens]
+        ids += encode_foreign(passage(doc), tokenizer, template)[:max_doc_tokens]
         ids += newline
     return ids + (closing if docs else nothing_found)
 
@@ -177,13 +181,71 @@ def render(template: Template, question: Question, tokenizer) -> list[int]:
     """Token ids of a prompt: the template's system prompt and the question, through the tokenizer's own chat
     template.
 
+    Some chat templates have no system role: they raise an error (Gemma's), or drop the message silently. Then
+    the system prompt stands at the start of the user's message. Raises InputError if the prompt that the chat
+    template makes still lacks the system prompt or the question.
+
     This is done once in an episode. Rendering the conversation again at a later turn would be unsafe: some
     chat templates drop the thoughts of earlier turns, and the ids would no longer be the sampled ones."""
     options = (f"\n{chr(65 + i)}. {choice}" for i, choice in enumerate(question.choices or []))
     text = neutralise(question.text + "".join(options), tokenizer, template)
-    apply = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    apart = [{"role": "system", "content": template.system}, {"role": "user", "content": text}]
+    merged = [{"role": "user", "content": f"{template.system}\n\n{text}"}]
+    reason = "it leaves out the instructions or the question"
+    for messages in (apart, merged):
+        try:
+            prompt = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+        except Exception as error:  # a template can raise anything: it is a program
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            continue
+        if template.system.strip() in prompt and text.strip() in prompt:
+            return tokenizer(prompt, add_special_tokens=False).input_ids
+    raise InputError(f"the chat template of the tokenizer cannot be used: {reason}")
+
+
+def set_date(tokenizer, text: str):
+    """Sets the date, such as "2026-11-26", that the chat template of this tokenizer prints from now on."""
+    tokenizer.run_date = text
+
+
+@lru_cache(maxsize=8)
+def clock(text: str) -> str:
+    """A Jinja macro that takes the place of `strftime_now`, with which a chat template prints the date (Llama
+    3.2, Granite). The function of transformers reads the clock, so a run that is resumed on another day would
+    have other prompts. This one prints midnight of the day `text`.
+
+    It goes in front of a template. Jinja removes the line break at its end, so the template itself is
+    rendered as before. A datetime cannot be passed to it: transformers passes texts and numbers only."""
+    day = datetime.fromisoformat(text)
+    texts = {f"%{c}": day.strftime(f"%{c}") for c in "aAbBcdDeFfGgHhIjklMmnpPrRSTtUuVWwXxYyZz"}
+    texts |= {f"%-{c[1]}": text.lstrip("0") or "0" for c, text in texts.items() if text.isdecimal()}
+    return (
+        "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}"
+        f"{{% for code, text in {texts}.items() %}}"
+        "{% set ns.text = ns.text.replace(code, text) %}{% endfor %}"
+        "{{ ns.text.replace('%%', '%') }}{% endmacro %}\n"
+    )
+
+
+def apply_chat_template(tokenizer, messages: list[dict[str, str]], **options) -> str:
+    """The text that the tokenizer's chat template makes of the messages. A date in it is that of `set_date`,
+    or today's."""
+    chat_template = tokenizer.get_chat_template()
+    if "strftime_now" in chat_template:
+        chat_template = clock(getattr(tokenizer, "run_date", "") or date.today().isoformat()) + chat_template
+    return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
+
+
+def closing_token(tokenizer) -> int | None:
+    """The id of the token with which the chat template closes an assistant's message: the first added token
+    after its content. None if there is none, for instance because the closing is plain text."""
+    content = "zebra"  # any word that no template contains
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     try:
-        prompt = apply([{"role": "system", "content": template.system}, {"role": "user", "content": text}])
-    except TemplateError:  # some chat templates (Gemma's) have no system role
-        prompt = apply([{"role": "user", "content": f"{template.system}\n\n{text}"}])
-    return tokenizer(prompt, add_special_tokens=False).input_ids
+        text = apply_chat_template(tokenizer, messages)
+    except Exception:  # as in `render`
+        return None
+    _, found, closing = text.rpartition(content)
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    ids = tokenizer(closing, add_special_tokens=False).input_ids if found else []
+    return next((i for i in ids if i in added), None)

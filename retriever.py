@@ -14,14 +14,12 @@ is built.
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
+import math
 import re
 import sys
 import time
-import urllib.error
-import urllib.request
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,61 +31,75 @@ from tqdm import tqdm
 
 from config import fail, parse
 from data import Doc, InputError, paragraphs
+from files import json_lines
+from web import MAX_REPLY, RequestError, check_url, post
 
-MAX_REQUEST, MAX_REPLY = 2**20, 2**26  # bytes that the server and the client read at most
-MAX_TOPK = 100  # of the server, so that a small request cannot ask for the whole corpus a thousand times
+MAX_REQUEST = 2**20  # bytes that the server reads at most
+MAX_TOPK = 100  # of the server, so that a small request cannot ask for the whole corpus
+MAX_DOCUMENTS = 10_000  # queries times topk of one request
+MAX_QUERY = 2**15  # characters; the client cuts a longer query, which no retriever reads to its end
 BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
 ALL = slice(None)
+# `\w` of the module re leaves out combining marks, which would cut Hindi words at their vowels
+MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+WORD = re.compile(rf"[\w{MARKS}]+")
+VARIATION = re.compile("[\u034f\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # invisible marks
 TINY = np.nextafter(0.0, 1.0)  # score >= TINY is score > 0
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased runs of letters, digits and underscores. Words are not stemmed, and stop words are kept
-    (our choice).
+    """The words of a text, which are runs of letters, digits, underscores and the marks of letters. They are
+    composed (NFKC) and case-folded, and lose invisible characters, so that two spellings of one word are
+    equal. Accents and other marks stay, because Hindi and Thai write vowels with them. Words are not stemmed,
+    and stop words are kept (our choice).
 
     In a script without spaces (Chinese, Thai) a whole phrase becomes one word, so a corpus in such a script
     needs another function."""
-    return re.findall(r"\w+", text.lower())
+    if text.isascii():
+        return re.findall(r"\w+", text.lower())
+    composed = VARIATION.sub("", unicodedata.normalize("NFKC", text))
+    visible = "".join(c for c in composed if unicodedata.category(c) != "Cf")
+    folded = unicodedata.normalize("NFKC", visible.casefold())
+    return WORD.findall(folded.replace("i\u0307", "i"))  # the small form of the Turkish capital I with a dot
 
 
 def _doc(row) -> Doc:
-    """The document in a line of a corpus or in a reply. Raises ValueError, which says what is wrong."""
+    """The document in a line of a corpus or in a reply. Raises ValueError, which says what is wrong.
+
+    A title of its own comes before a first line of "contents" that looks like one. Without either, the
+    document has no title."""
     if not isinstance(row, dict):
         raise ValueError("a document is not a JSON object")
-    title, text = row.get("title"), row.get("text")
-    if isinstance(contents := row.get("contents"), str):
-        title, _, text = contents.partition("\n")
-        title = re.sub(r'^\s*"(.*)"\s*$', r"\1", title)
+    title, text, contents = (row.get(key) for key in ("title", "text", "contents"))
+    title = str(title) if isinstance(title, (int, float)) else title
+    if isinstance(contents, str) and not (isinstance(title, str) and title.strip() and isinstance(text, str)):
+        first, line_break, rest = contents.partition("\n")
+        heading = re.sub(r'^\s*"(.*)"\s*$', r"\1", first)
+        if not (isinstance(title, str) and title.strip()):
+            title = heading if line_break or heading != first else ""
+        text = rest if title.strip() == heading.strip() else contents
     if not (isinstance(title, str) and isinstance(text, str)):
         raise ValueError('a document without "contents" (or "title" and "text")')
-    (title + text).encode()  # half of a surrogate pair is valid JSON, but would stop the tokenizer
-    return Doc(str(row.get("id", "")), title, text)
+    id = str(row.get("id", ""))
+    (id + title + text).encode()  # half of a surrogate pair is valid JSON, but would stop the tokenizer
+    return Doc(id, title, text)
 
 
 def load_corpus(path) -> list[Doc]:
-    """The documents of a JSONL file, in its order. A line is Search-R1's {"id", "contents":
-    "\\"Title\\"\\ntext"} or {"id", "title", "text"}.
+    """The documents of a JSONL file, which may be packed with gzip or bzip2, in its order. A line is
+    Search-R1's {"id", "contents": "\\"Title\\"\\ntext"}, or {"id", "title", "text"}, or {"id", "title",
+    "contents"}.
 
     Raises InputError, which names file and line, if the file is missing or empty, or if a line is not UTF-8,
     not JSON, or no document with an id."""
-    docs, number = [], 0
-    try:
-        size = os.path.getsize(path)
-        quiet = size < 10**7 or None  # None: tqdm shows a bar if it writes to a terminal
-        with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, disable=quiet) as bar:
-            for line in file:
-                number += 1
-                bar.update(len(line))
-                if line.strip():
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    docs.append(_doc(row := json.loads(text)))
-                    if "id" not in row:
-                        raise ValueError('a document without "id"')
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        reason = {UnicodeDecodeError: "not UTF-8", json.JSONDecodeError: "not JSON"}.get(type(error), error)
-        raise InputError(f"{path}, line {number}: {reason}") from None
+    docs: list[Doc] = []
+    for where, row in tqdm(json_lines(path), desc="reading", unit=" documents", disable=None, delay=5):
+        try:
+            docs.append(_doc(row))
+            if "id" not in row:
+                raise ValueError('a document without "id"')
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
     if not docs:
         raise InputError(f"{path}: no document in it")
     return docs
@@ -195,7 +207,8 @@ class BM25:
         Can be called from several threads. Raises TypeError if `queries` is not a list of strings, and
         ValueError if `k` is below 1."""
         _check(queries, k)
-        return [list(self._top(query, k)) for query in queries]
+        # long queries would fill the memory, and hardly come twice
+        return [list((self._top if len(q) < 1000 else self._top.__wrapped__)(q, k)) for q in queries]
 
 
 class RetrieverError(RuntimeError):
@@ -217,56 +230,40 @@ class Remote:
     remote = True  # a rollout calls it in a thread and goes on meanwhile
 
     def __init__(self, url: str, timeout: float = 10.0, retries: int = 3):
-        host = re.fullmatch(r"(?ai)https?://([\w.-]+|\[[\da-f:.]+\])(?::(\d+))?(/[!-~]*)?", url)
-        if not host or int(host[2] or 0) > 65535:  # getaddrinfo would take port 70000 for 4464
-            raise InputError(f"a retriever has an http:// or https:// address, which {url!r} is not")
-        self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+        self.url = check_url(url, "--retriever").removesuffix("/retrieve") + "/retrieve"
         self.timeout, self.retries = timeout, retries
-        local = re.fullmatch(r"localhost|127(\.\d+){3}|\[::1\]", host[1].lower())
-        # not by build_opener, whose opener follows redirects, even to other hosts
-        self._opener = urllib.request.OpenerDirector()
-        proxies = {} if local else None  # None: the proxies of the environment
-        self._opener.add_handler(urllib.request.ProxyHandler(proxies))
-        for kind in ("HTTPHandler", "HTTPSHandler", "HTTPErrorProcessor", "HTTPDefaultErrorHandler"):
-            self._opener.add_handler(getattr(urllib.request, kind)())
 
     def search(self, queries: list[str], k: int) -> list[list[Doc]]:
-        """For each query up to `k` documents in the server's order. Raises RetrieverError if the server gives
-        no valid reply."""
+        """For each query up to `k` documents in the server's order. Many or long queries are sent in several
+        requests, within the bounds of our server. Raises RetrieverError if the server gives no valid reply to
+        one of them."""
         _check(queries, k)
-        if not queries:
-            return []
-        request = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
+        parts: list[list[str]] = []
+        size = MAX_REQUEST
+        for query in (query[:MAX_QUERY] for query in queries):
+            bytes_needed = len(json.dumps(query)) + 2
+            if size + bytes_needed > MAX_REQUEST - 1000 or (len(parts[-1]) + 1) * k > MAX_DOCUMENTS:
+                parts.append([])
+                size = 0
+            parts[-1].append(query)
+            size += bytes_needed
+        return [docs for part in parts for docs in self._ask(part, k)]
+
+    def _ask(self, queries: list[str], k: int) -> list[list[Doc]]:
+        request = {"queries": queries, "topk": k, "return_scores": True}
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(BACKOFF * 2 ** (attempt - 1))
             try:
-                return self._parse(self._post(request), len(queries), k)
-            except urllib.error.HTTPError as error:
-                error.close()
-                reason = f"HTTP {error.code} {error.reason}"
-                if error.code < 500:
+                return self._parse(post(self.url, request, self.timeout), len(queries), k)
+            except RequestError as error:
+                reason = str(error)
+                if not error.again:
                     break
-            except (OSError, http.client.HTTPException) as error:
-                reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 reason = f"not a reply of /retrieve: {error}"
                 break
         raise RetrieverError(f"{self.url}: {reason} (attempt {attempt + 1} of {self.retries + 1})")
-
-    def _post(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        end, reply = time.monotonic() + self.timeout, bytearray()
-        with self._opener.open(request, timeout=self.timeout) as response:
-            while chunk := response.read1(2**20):
-                reply += chunk
-                if len(reply) > MAX_REPLY:
-                    raise ValueError(f"larger than {MAX_REPLY} bytes")
-                if time.monotonic() > end:  # the socket's timeout is for one read, of which there may be many
-                    raise TimeoutError("timed out")
-            if response.length:  # bytes that were announced and did not come
-                raise ConnectionError("the reply was cut short")
-        return bytes(reply)
 
     @staticmethod
     def _parse(reply: bytes, n: int, k: int) -> list[list[Doc]]:
@@ -279,7 +276,9 @@ class Remote:
 
 def _scored(item) -> Doc:
     doc = _doc(item["document"] if isinstance(item, dict) and "document" in item else item)
-    return replace(doc, score=float(item.get("score", 0.0)))
+    if not math.isfinite(score := float(item.get("score", 0.0))):
+        raise ValueError(f"the score of a document is {score}")
+    return replace(doc, score=score)
 
 
 def open_retriever(config, splits: dict[str, str]):
@@ -333,8 +332,12 @@ class Handler(BaseHTTPRequestHandler):
             queries, k, scored = self.request_body()
         except (ValueError, TypeError, RecursionError) as error:
             return self.reply(400, {"error": str(error)})
-        result = []
-        for docs in self.server.retriever.search(queries, k):
+        result, size = [], 0
+        for query in queries:
+            [docs] = self.server.retriever.search([query], k)
+            size += sum(len(doc.title) + len(doc.text) for doc in docs)
+            if size > MAX_REPLY:
+                return self.reply(400, {"error": f"the reply is larger than {MAX_REPLY} characters"})
             row = [{"id": doc.id, "contents": f'"{doc.title}"\n{doc.text}'} for doc in docs]
             if scored:
                 row = [{"document": item, "score": doc.score} for item, doc in zip(row, docs, strict=True)]
@@ -358,6 +361,8 @@ class Handler(BaseHTTPRequestHandler):
         _check(queries, k)
         if k > MAX_TOPK:
             raise ValueError(f"topk is larger than {MAX_TOPK}")
+        if len(queries) * k > MAX_DOCUMENTS:
+            raise ValueError(f"the request asks for more than {MAX_DOCUMENTS} documents (queries times topk)")
         return queries, k, request.get("return_scores") is True
 
     def reply(self, status: int, content: dict):

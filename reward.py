@@ -42,7 +42,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data import Episode, Question
+from data import Episode, Question, number
 from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, Template
 
 # ----------------------------------------------------------------------------------------------------------
@@ -57,8 +57,9 @@ from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, Template
 #                               separates accents from letters (NFD). That is not done here, so an accented
 #                               letter that is one character does not match letter plus accent.
 #   TriviaQA                    the same, but punctuation, and ‘ ’ and ´, becomes a blank
-#   GSM8K                       the number, without commas, compared as text. The official rule reads what
-#                               follows ####; here it is the only number of the answer. F1 is EM.
+#   GSM8K                       the value of the number, see data.number. The official rule compares the text
+#                               after #### without its commas; here it is the only number of the answer, and
+#                               18.00 is 18. F1 is EM.
 #   MMLU                        the letter. An option written out counts as its letter. F1 is EM.
 #   PopQA                       its paper accepts an answer that contains a gold; here EM, as in Search-R1
 #   every data set              see `normalise` for answers that consist of articles or punctuation alone
@@ -79,15 +80,16 @@ def normalise(text: str, blanks: bool = False) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or " ".join(bare.split()) or text
 
 
-def number(text: str) -> str | None:
-    """The only number in a text, without commas; None if there is not exactly one."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
-    return found[0].replace(",", "") if len(found) == 1 else None
+# What may surround the letter of an option: marks, LaTeX such as \boxed{ and \text{, and a few words.
+_MARKS = r"[\s()\[\]{}<>*_`$#\"'“”‘’]|\\[a-zA-Z]+\{"
+_WORDS = r"(?:the|my|correct|right|best|final|answer|ans|option|choice|letter|so|it['’]s|it|is)\b[.:,!]?"
+_LETTER = re.compile(rf"(?:{_MARKS}|{_WORDS})*([A-Z])(?![^\W_]|['’])(.*)", re.IGNORECASE | re.DOTALL)
+_AROUND = re.compile(rf"(?:{_MARKS}|{_WORDS}|[.:,!])*", re.IGNORECASE)
 
 
 def letter(text: str, choices: list[str]) -> str | None:
-    """The letter of the option that an answer names: "b", "(B)", "B. Paris" or "Paris" -> "B". None if it
-    names no option.
+    """The letter of the option that an answer names: "b", "(B)", "**B**", "the answer is B", "B - Paris" or
+    "Paris" -> "B". None if it names no option, or two.
 
     A letter is compared as a letter, because `normalise` would delete "A" as an article. An option that
     matches exactly takes precedence over one that matches after `normalise`, which makes "-1" equal to
@@ -98,12 +100,19 @@ def letter(text: str, choices: list[str]) -> str | None:
         return [name for name, choice in options if form(choice) == form(text)]
 
     exact, loose = matching(text, str.strip), matching(text, normalise)
-    found = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:)]\s*(.*))?", text.strip(), re.DOTALL)
-    if found and found[1].upper() in dict(options):
+    found = _LETTER.fullmatch(text)
+    if found and found[1].upper() in dict(options) and not (exact and len(text.strip()) > 1):
         named, rest = found[1].upper(), found[2]
-        if not rest or named in (matching(rest, str.strip) or matching(rest, normalise)):
+        if _AROUND.fullmatch(rest):
             return named
-        loose = []  # "A. Paris" where Paris is B names none; `normalise` would drop the "A" as an article
+        mark = re.match(r"[\s)\]}*_`\"']*[.:,)\]\-–—]?", rest)[0]  # what separates the letter from its option
+        option = rest[len(mark) :].strip(" \n*_`()[]\"'")
+        # "B -1": the hyphen may belong to the option, so both readings are tried
+        names = matching(rest, str.strip) or matching(option, str.strip) or matching(option, normalise)
+        if named in names:
+            return named
+        if mark.strip():
+            loose = []  # "A. Paris" where Paris is B names none; `normalise` would drop the "A" as an article
     names = exact or loose
     return names[0] if len(names) == 1 and text.strip() else None
 
@@ -116,7 +125,8 @@ def exact_match(text: str | None, question: Question) -> float:
     if question.choices:
         return float(letter(text, question.choices) in question.answers)
     if question.source == "gsm8k":
-        return float(number(text) in question.answers)
+        value = number(text)
+        return float(value is not None and value in map(number, question.answers))
     blanks = question.source == "triviaqa"
     answer = normalise(text, blanks)
     return float(answer != "" and answer in (normalise(gold, blanks) for gold in question.answers))
@@ -296,7 +306,8 @@ def zerosearch(episode: Episode, question: Question, **_) -> dict[str, float]:
 
 def research(episode: Episode, question: Question, *, paper: bool = False, **_) -> dict[str, float]:
     """The rule of ReSearch's code, in [0, 1]: 0 for a broken format, a missing end token or a missing box,
-    else F1, or 0.1 if F1 is 0. (In the code an empty box earns 0.1 too; here it counts as missing.)
+    else F1, or 0.1 if F1 is 0. So an F1 of 0.05 earns less than one of 0, as in the code. (In the code an
+    empty box earns 0.1 too; here it counts as missing.)
 
     A format is sound under three conditions: there are as many <think> as </think>, and at least one; there
     is exactly one <answer>, which holds a box; and a result follows every search. `paper` selects eq. 2 of
@@ -323,6 +334,19 @@ def ssrl(episode: Episode, question: Question, **_) -> dict[str, float]:
     return {"reward": 0.9 * em + 0.1 * form, "em": em, "f": form}
 
 
+def block_bodies(text: str, tag: str) -> list[str]:
+    """What the pattern <tag>(.*?)</tag> finds, in linear time: the pattern would search for the end of the
+    text again at each opening tag without a partner."""
+    bodies, start = [], None
+    for found in re.finditer(rf"<(/?){tag}>", text):
+        if not found[1]:
+            start = found.end() if start is None else start
+        elif start is not None:
+            bodies.append(text[start : found.start()])
+            start = None
+    return bodies
+
+
 def ssrl_format(text: str) -> float:
     """SSRL's format score, in [0, 1]. It is 0 if the text has one of the faults listed below. Otherwise, with
     T <think> blocks and S <search> blocks, it is
@@ -332,7 +356,7 @@ def ssrl_format(text: str) -> float:
     so that one thought without a search gives 0.5, and think search information think answer gives 1."""
     text = text.strip()
     tags = re.findall(r"<(/?\w[^<>]*)>", text)
-    blocks = {k: re.findall(rf"<{k}>(.*?)</{k}>", text, re.DOTALL) for k in SSRL.tags}
+    blocks = {k: block_bodies(text, k) for k in SSRL.tags}
     t, s = tags.count("think"), tags.count("search")
     placeholders = dict(think="thoughts", answer="answer", search="query", information="information")
     searches = [i for i, tag in enumerate(tags) if tag == "search"]

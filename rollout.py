@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from cache import context_length
 from data import Episode, InputError, Question, Segment
-from prompts import Template, encode_result, render
+from prompts import Template, closing_token, encode_result, render
 from retriever import RetrieverError
 from runner import ModelRunner
 
@@ -481,11 +481,13 @@ def closing_ids(tokenizer) -> frozenset[int]:
 
 
 def end_ids(model, tokenizer) -> set[int]:
-    """All ids that end a turn: the tokenizer's and the checkpoint's, since chat models often have two."""
+    """All ids that end a turn: the tokenizer's, the checkpoint's, and the token that the chat template writes
+    after an answer. They can be three different ones."""
     ends = [
         tokenizer.eos_token_id,
         getattr(model.config.get_text_config(), "eos_token_id", None),
         getattr(model.generation_config, "eos_token_id", None),
+        closing_token(tokenizer),
     ]
     return {i for ids in ends if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
 

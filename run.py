@@ -1,5 +1,6 @@
 """A run and its directory: what it is made of, its checkpoints and logs, and what a signal does to it.
 
+    with lock(out):                    # no second process writes into the directory of the run
     config = resolve(config, given)    # adds what the command line leaves open: a stored run or the toy world
     run = Run(config)                  # loads data sets, retriever and models
     run.start()                        # writes run.json, loads a checkpoint, evaluates the start model
@@ -33,12 +34,12 @@ depend on which rows search together.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
 import sys
 from dataclasses import asdict, fields, replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -49,14 +50,16 @@ from tqdm import tqdm
 import toy
 from cache import context_length, kv_bytes
 from config import TOY, Config, check, check_writable
-from data import Episode, InputError, load_sets
+from data import Episode, InputError, Question, load_sets
+from disk import append_rows, drop_later_rows, flush, replace_bytes, write_model
 from evaluate import evaluate
 from measures import markdown, summary
 from model import check_prompts, load_model, probe
+from prompts import render, set_date
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
 from runner import ModelRunner
-from simulator import CorpusSimulator, ModelSimulator
+from simulator import HELPFUL, CorpusSimulator, ModelSimulator
 
 # ------------------------------------------------------------------------------------------------------------
 # signals
@@ -115,16 +118,26 @@ def hold_signals():
 # from the command line to the settings of a run
 
 
-def resolve(config: Config, given: set[str]) -> Config:
-    """Returns the complete, checked settings: with --resume those of the stored run, without --model those of
-    the toy world, which is built if it is not there. `given` are the flags of the command line. Raises
-    InputError for values that make no sense, and for an --output_dir that holds a run or cannot be written
-    to."""
-    toy_run = not config.model
-    if toy_run and "output_dir" not in given:
+def place(config: Config, given: set[str]) -> Config:
+    """Returns the settings with the directory of the run. Without --model and --output_dir that is the
+    directory of the toy run. Raises InputError if the directory cannot be written to, or if it holds no run
+    that could be resumed."""
+    if not config.model and "output_dir" not in given:
         name = "" if config.method == "sem" else f"-{config.method}"
         config = replace(config, output_dir=TOY["output_dir"] + name)
     out = Path(config.output_dir)
+    if config.resume and not (out / "run.json").exists():
+        raise InputError(f"--resume: there is no run in {out} ({out / 'run.json'} is missing)")
+    check_writable(out, "--output_dir")
+    return config
+
+
+def resolve(config: Config, given: set[str]) -> Config:
+    """Returns the complete, checked settings: with --resume those of the stored run, without --model those of
+    the toy world, which is built if it is not there. `given` are the flags of the command line. Raises
+    InputError for values that make no sense, and for an --output_dir that holds a run."""
+    config = place(config, given)
+    toy_run, today, out = not config.model, date.today().isoformat(), Path(config.output_dir)
     if config.resume:
         return resume_config(config, given, out)
     if toy_run:
@@ -134,18 +147,15 @@ def resolve(config: Config, given: set[str]) -> Config:
         config = replace(config, bf16=torch.cuda.is_available())
     if (out / "run.json").exists():
         raise InputError(f"{out} holds a run: --resume continues it, another --output_dir starts one")
-    check_writable(out, "--output_dir")
     if config.model and out.resolve() == Path(config.model).resolve():
         raise InputError(f"--output_dir {out}: that is --model, which would be overwritten")
-    check(config)
+    config = replace(check(config), date=config.date or today)
     return with_toy_world(config) if toy_run else config
 
 
 def resume_config(config: Config, given: set[str], out: Path) -> Config:
     """The stored settings, with the flags of the command line that may change in the middle of a run."""
     stored = out / "run.json"
-    if not stored.exists():
-        raise InputError(f"--resume: there is no run in {out} ({stored} is missing)")
     try:
         before = Config(**json.loads(stored.read_text()))
     except (ValueError, TypeError) as error:
@@ -166,6 +176,9 @@ def resume_config(config: Config, given: set[str], out: Path) -> Config:
     done = max((int(path.name[11:]) for path in checkpoints(out)), default=0)
     if "max_steps" in given and config.max_steps < done:
         raise InputError(f"--max_steps {config.max_steps}: {out} is at step {done} already")
+    if not config.date:
+        config = replace(config, date=date.today().isoformat())
+        tqdm.write(f"warning: {stored} has no date; a chat template that prints one gets {config.date}")
     return config
 
 
@@ -188,12 +201,16 @@ def with_toy_world(config: Config) -> Config:
 # a run
 
 
+class SaveError(InputError):
+    """A checkpoint cannot be written, and none of this process was."""
+
+
 class Run:
     """The settings, data sets, models and optimizer of a run. Training changes only the weights, the
     optimizer's state and `step`, the number of finished steps."""
 
     def __init__(self, config: Config):
-        self.config, self.step, self.progress = config, 0, sys.stderr.isatty()
+        self.config, self.step, self.has_saved, self.progress = config, 0, False, sys.stderr.isatty()
         self.method = METHODS[config.method]
         self.reward = REWARDS[config.reward] if config.reward else self.method.reward
         self.out, self.tables = Path(config.output_dir), {}
@@ -203,6 +220,7 @@ class Run:
         self.eval_sets = load_sets(config.eval, "test", config.eval_size)
         self.open_retrievers(device, dtype)
         self.model, self.tokenizer = load_model(config.model, device)
+        set_date(self.tokenizer, config.date)
         questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
         longest = check_prompts(self.model, self.tokenizer, self.method.template, questions)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
@@ -234,6 +252,8 @@ class Run:
         self.train_retriever = self.eval_retriever
         if config.simulator:
             simulator, tokenizer = load_model(config.simulator, device, dtype, "--simulator")
+            set_date(tokenizer, config.date)
+            render(HELPFUL, Question("", "", [], ""), tokenizer)  # InputError for an unusable chat template
             probe(simulator, tokenizer, 1024)  # roughly its prompt and the 600 tokens that it writes
             self.train_retriever = ModelSimulator(simulator, tokenizer, config.seed)
         elif self.method.simulated:
@@ -296,7 +316,11 @@ class Run:
             raise InputError(f"--output_dir {self.out}: {need}")
         print("\n".join(f"{f.name:24} {getattr(config, f.name)}" for f in fields(config)))
         self.out.mkdir(parents=True, exist_ok=True)
-        replace_text(self.out / "run.json", json.dumps(asdict(replace(config, resume=False)), indent=1))
+        for unfinished in self.out.glob("checkpoint-*.tmp"):  # a crash left them; they can be very large
+            shutil.rmtree(unfinished, ignore_errors=True)
+        replace_bytes(
+            self.out / "run.json", json.dumps(asdict(replace(config, resume=False)), indent=1).encode()
+        )
         if config.resume:
             self.load_checkpoint()
             self.tables = self.load_tables()
@@ -306,12 +330,13 @@ class Run:
     def finish(self):
         """Writes the final weights, evaluates them, and prints the table."""
         try:
-            self.write_model(self.out)
+            write_model(self.model, self.tokenizer, self.out)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: the final weights were not written: {error}") from error
         self.evaluate("after")
         if self.tables:
             print("\n" + markdown(self.tables))
+        print(f"\nCurves and transcripts: python report.py {self.out}")
 
     def evaluate(self, when: str):
         """Evaluates the model on the evaluation sets, if there are any, and adds the table to eval.json."""
@@ -323,7 +348,7 @@ class Run:
             **self.config.budget(),
         )  # fmt: skip
         self.tables[when] = {name: summary(rows) for name, rows in records.items()}
-        replace_text(self.out / "eval.json", json.dumps(self.tables, indent=1))
+        replace_bytes(self.out / "eval.json", json.dumps(self.tables, indent=1).encode())
 
     def load_tables(self) -> dict:
         """The stored evaluation before training, {"before": table}, or {} if there is none for these data
@@ -349,8 +374,7 @@ class Run:
 
     def append(self, name: str, rows: list[dict]):
         try:
-            with open(self.out / name, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            append_rows(self.out / name, rows)
         except OSError as error:
             tqdm.write(f"warning: {self.out / name} was not written: {error}")
 
@@ -372,7 +396,9 @@ class Run:
 
     def save_checkpoint(self):
         """Writes checkpoint-N/ completely or not at all: first under another name, then flushed to the disk,
-        then renamed. Only after that are older ones removed. Prints a warning if it cannot be written."""
+        then renamed. Only after that are older ones removed. If it cannot be written, a warning is printed,
+        and the run goes on if an earlier one of this process was written. If not, SaveError is raised,
+        because the reason will probably stay, and then nothing would be kept."""
         final = self.out / f"checkpoint-{self.step}"
         temporary = self.out / f"checkpoint-{self.step}.tmp"
         if final.exists() or self.step == 0:
@@ -381,7 +407,7 @@ class Run:
             Signals.installed.writing = True
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.write_model(temporary)
+            write_model(self.model, self.tokenizer, temporary)
             tensors, scalars = {}, {}
             for i, state in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"{i}.{name}": value for name, value in state.items() if value.ndim}
@@ -391,18 +417,17 @@ class Run:
             (temporary / "trainer_state.json").write_text(json.dumps(state))
             flush(temporary)
             os.replace(temporary, final)
+            self.has_saved = True
             for old in checkpoints(self.out)[: -self.config.save_total_limit]:
                 shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if not self.has_saved:
+                raise SaveError(f"{final} was not written, so the run stops: {error}") from error
             tqdm.write(f"warning: {final} was not written: {error}")
         finally:
             if Signals.installed:
                 Signals.installed.writing = False
-
-    def write_model(self, folder: Path):
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
     def load_checkpoint(self):
         """Loads the newest complete checkpoint. Later lines are removed from the logs, because their steps
@@ -414,9 +439,7 @@ class Run:
                 why = f"damaged ({type(error).__name__}: {error}); remove it to go on from the one before"
                 raise InputError(f"--resume: {found[-1]} is {why}") from error
         for name in ("metrics.jsonl", "transcripts.jsonl"):
-            if (path := self.out / name).exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                replace_text(path, "".join(line + "\n" for line in lines if step_of(line) <= self.step))
+            drop_later_rows(self.out / name, self.step)
 
     def load_state(self, folder: Path):
         """Loads weights, optimizer state and the number of finished steps."""
@@ -438,25 +461,3 @@ def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     complete = (p.parent for p in out.glob("checkpoint-*/trainer_state.json"))
     return sorted((p for p in complete if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
-
-
-def step_of(line: str) -> float:
-    """The step of a line of a log. Infinite for a line that a crash or a full disk cut short."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def replace_text(path: Path, text: str):
-    """Writes a file completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def flush(folder: Path):
-    """Waits until the files of a directory are on the disk."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())

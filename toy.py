@@ -37,7 +37,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -57,10 +57,9 @@ RECALL, READING = 0.97, 0.75  # required in `exam`; in training, reading jumps f
 PAD = 0  # id of <pad>
 FILES = {"model", "train", "test", "corpus.jsonl", "world.json"}  # the content of a world's directory
 
-CHAT_TEMPLATE = (  # it renders a system prompt as one token if it mentions the search tool, else as none
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "<user> {{ message['content'] }} <assistant>{% elif '<search>' in message['content'] %}<tool> {% endif %}"
-    "{% endfor %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}<system> {{ m['content'] }} </system> {% endif %}"
+    "{% if m['role'] == 'user' %}<user> {{ m['content'] }} <assistant>{% endif %}{% endfor %}"
 )
 
 
@@ -158,6 +157,15 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     special = "<pad> <eos> <unk> <user> <assistant> <tool>".split()
     words = [*special, *tags, *words, *HOMES, *COLOURS, *world.known, *world.unknown]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    # The words of instructions mean nothing to a model this small. So the tokenizer reads a system prompt as
+    # the word <tool> if it mentions the search tool, and as nothing if not.
+    body = "(?:(?!</system>)[\\s\\S])*"
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex(f"<system>{body}<search>{body}</system>"), "<tool>"),
+            normalizers.Replace(Regex(f"<system>{body}</system>"), ""),
+        ]
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\s+"), "removed"),
@@ -330,7 +338,8 @@ def build(config: Config) -> Path:
     if config.hidden_size < 8 or config.hidden_size % 8:
         raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
     template = asdict(METHODS[config.method].template)  # a prompt with other words needs another base model
-    settings = json.dumps({**asdict(config), "output_dir": "", "template": template}, indent=1)
+    settings = {**asdict(config), "output_dir": "", "template": template, "chat_template": CHAT_TEMPLATE}
+    settings = json.dumps(settings, indent=1)
     stamp = out / "world.json"  # it is written last, so where it exists the world is complete
     if stamp.exists() and stamp.read_text() == settings:
         return out

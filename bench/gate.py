@@ -9,7 +9,6 @@ as a trained policy, the data sets differ by their format, and the policy may ha
     python bench/gate.py --train out/gate_train_transcripts.jsonl --test out/gate_test_transcripts.jsonl
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import fail, parse
+from disk import read_lines
 from measures import SHARES, Record, measure, report
 from retriever import tokenize
 
@@ -34,8 +34,7 @@ class Config:
 def passes(path) -> dict[tuple[str, str], dict]:
     """(set, id) -> {pass: the row of eval_transcripts.jsonl}."""
     table: dict[tuple[str, str], dict] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, row in read_lines(Path(path)):
         table.setdefault((row["set"], row["id"]), {})[row["pass"]] = row
     return table
 

@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 import typing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,12 @@ import torch
 from worlds import arguments, run_main
 
 import config as module
-from config import RANGES, Config, check
+import evaluate
+import retriever
+import toy
+from config import RANGES, Config, check, parse
 from data import InputError
+from flags import PEERS
 from reward import METHODS, REWARDS
 
 ROOT = Path(__file__).parent.parent
@@ -250,3 +254,106 @@ def test_what_stops_a_program_outside_of_training_is_one_line(
         runpy.run_path(str(ROOT / program), run_name="__main__")
     line = capsys.readouterr().err
     assert stopped.value.code == code and line.startswith(f"{program}: {message}") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "word, nearest",
+    [
+        ("--max_step", "max_steps"),
+        ("--max-steps", "max_steps"),
+        ("--model_name_or_path", "model"),
+        ("--max_new_tokens", "max_completion_length"),
+        ("--per_device_train_batch_size", "prompts_per_step"),
+        ("--num_train_epochs", "max_steps"),
+        ("--resume_from_checkpoint", "resume"),
+        ("--kl_coef=0.1", "beta"),
+        ("actor_rollout_ref.rollout.n=5", "num_generations"),
+        ("actor_rollout_ref.actor.optim.lr=1e-6", "learning_rate"),
+        ("data.train_files=a.parquet", "train"),
+        ("+trainer.save_freq=5", "save_steps"),
+        ("-model", "model"),
+        ("--zzz", ""),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest_one(capsys, word, nearest):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Config, "grpo.py", ["--seed", "3", word, "x"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert f"unknown flag {word}; the nearest one is --{nearest}" in err
+
+
+def test_the_names_of_other_programs_are_those_of_flags():
+    assert set(PEERS) <= {field.name for field in fields(Config)}
+    words = " ".join(PEERS.values()).split()
+    assert len(set(words)) == len(words) and not set(words) & {field.name for field in fields(Config)}
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("~/x", "/home/me/x"),
+        ("~", "/home/me"),
+        ("musique:~/data,~/x.jsonl,mmlu", "musique:/home/me/data,/home/me/x.jsonl,mmlu"),
+        ("out/~x", "out/~x"),
+        ("http://host/~me", "http://host/~me"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x"),
+    ],
+)
+def test_the_home_directory(monkeypatch, value, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    for flag in ("output_dir", "model", "train", "eval", "corpus", "simulator"):
+        config, _ = parse(Config, "grpo.py", [f"--{flag}={value}"])
+        assert getattr(config, flag) == expected
+    for program in (evaluate, toy, retriever):
+        names = [
+            f.name
+            for f in fields(program.Config)
+            if f.name in ("output", "output_dir", "data", "known", "corpus")
+        ]
+        for name in names:
+            assert getattr(parse(program.Config, "x", [f"--{name}={value}"])[0], name) == expected
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("name", ["問題.jsonl", b"caf\xe9.jsonl"])
+def test_printing_never_fails(tmp_path, encoding, name):
+    """A console may lack the letters of a file's name, and a name need not be UTF-8."""
+    code = "import config, data, sys; c, _ = config.parse(config.Config, 'p'); print(data.load(c.train)[0])"
+    code += "; print(c.train, file=sys.stderr); config.fail('p', c.train)"
+    folder = os.fsencode(tmp_path) + b"/"
+    path = folder + (name if isinstance(name, bytes) else name.encode())
+    with open(path, "w") as file:
+        file.write('{"id": "1", "question": "誰?", "golden_answers": ["é"]}')
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, "--train", path]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 2 and done.stdout.startswith(b"Question(") and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["yesterday", "2026-13-01", "26.11.2026", "2026-11-26T10:00"])
+def test_a_date_that_is_none(text):
+    with pytest.raises(InputError, match=f"--date {text}: must be a date"):
+        check(Config(date=text))
+    with pytest.raises(InputError, match=f"--date {text}"):
+        evaluate.check(evaluate.Config(model="m", data="d", date=text))
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full", ">/dev/full 2>&1", ">&- 2>&-"])
+def test_streams_that_cannot_be_written_to_end_no_program(tmp_path, stream):
+    """A warning, a bar or a table that cannot be printed is lost, and the program goes on."""
+    code = """
+import config, os, sys
+from tqdm import tqdm
+config.parse(config.Config, "p")
+for i in tqdm(range(3), file=sys.stderr):
+    tqdm.write("a warning")
+    print("a table", flush=True)
+sys.stderr.isatty()
+open(os.environ["PLACE"], "w").write("done")
+"""
+    (tmp_path / "prints.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PLACE": str(tmp_path / "done")}
+    command = f"'{sys.executable}' '{tmp_path}/prints.py' {stream}"
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "done").read_text() == "done"

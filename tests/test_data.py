@@ -209,11 +209,16 @@ MISTAKES = [  # name of the set, file, content, what follows the file's path in 
     ("", "a.jsonl", f"{LINE}\n\n[1]", ":3: a row is a JSON object"),
     ("", "a.jsonl", b"\n" + LINE.encode() + b"\n\xff", ":3: not UTF-8"),
     ("", "a.jsonl", FLASHRAG | {"question": " \n"}, ":1: the question is empty"),
-    ("", "a.jsonl", FLASHRAG | {"question": 3}, ":1: question, answers and choices are texts"),
+    ("", "a.jsonl", FLASHRAG | {"question": 3}, ":1: question, answers, choices and data_source are texts"),
     ("", "a.jsonl", FLASHRAG | {"golden_answers": ["", " "]}, ":1: no answer"),
     ("", "a.jsonl", FLASHRAG | {"golden_answers": []}, ":1: no answer"),
     ("", "a.jsonl", FLASHRAG | {"golden_answers": "Giotto"}, ":1: answers and choices are lists"),
-    ("", "a.jsonl", FLASHRAG | {"golden_answers": [None]}, ":1: question, answers and choices are texts"),
+    (
+        "",
+        "a.jsonl",
+        FLASHRAG | {"golden_answers": [None]},
+        ":1: question, answers, choices and data_source are texts",
+    ),
     ("", "a.jsonl", {"id": "1", "golden_answers": ["x"]}, ":1: no key 'question'"),
     ("", "a.jsonl", {"id": "1", "question": "x"}, ":1: no key 'golden_answers'"),
     ("", "a.jsonl", FLASHRAG | {"choices": ["x", "y"]}, ":1: answer 'Giotto' is not one of the letters A-B"),
@@ -232,7 +237,7 @@ MISTAKES = [  # name of the set, file, content, what follows the file's path in 
     ("gsm8k", "a.jsonl", GSM8K | {"answer": 1200}, ":1: a value has the wrong type"),
     ("hotpotqa", "a.json", '[\n{"_id": 1},\n]', ":3: not JSON:"),
     ("hotpotqa", "a.json", b'[\n{"_id": "\xff"}]', ":2: not UTF-8"),
-    ("hotpotqa", "a.json", json.dumps(HOTPOT), ": not a JSON list of rows"),
+    ("hotpotqa", "a.json", json.dumps(HOTPOT), ": it is JSONL (one JSON object in each line)"),
     ("hotpotqa", "a.json", json.dumps([HOTPOT, 1]), ", row 2: a row is a JSON object"),
     ("hotpotqa", "a.json", json.dumps([HOTPOT, {"_id": "1", "question": "x"}]), ", row 2: no key 'answer'"),
     ("mmlu", "a.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", ":2: 5 columns instead of 6"),
@@ -371,8 +376,8 @@ def parquet(monkeypatch):
     """Replaces pyarrow by a module that reads JSONL."""
 
     class ParquetFile:
-        def __init__(self, path):
-            self.rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        def __init__(self, file):
+            self.rows = [json.loads(line) for line in file.read().splitlines()]
             if not self.rows:
                 raise ValueError("no magic bytes\nin it")
 
@@ -419,7 +424,7 @@ def test_hub_parquet_mistakes(hub, parquet):
     path = hub.folder / "all" / "dev-00000-of-00001.parquet"
     row = {"question": "q", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 4}
     write(path, row | {"answer": 0}, row)
-    assert mistake("mmlu", "dev") == f"{path}, row 2: question, answers and choices are texts"
+    assert mistake("mmlu", "dev") == f"{path}, row 2: question, answers, choices and data_source are texts"
     write(path, row | {"answer": [0]})
     assert mistake("mmlu", "dev").startswith(f"{path}, row 1: a value has the wrong type")
     write(path)

@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 from dataclasses import replace
+from datetime import date
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -481,7 +482,7 @@ def test_the_judge_in_the_table(script, world, capsys):
     assert tables["all"]["lj"]["value"] == 5 / 10  # the questions 0, 1, 3, 5 and 6
     assert tables["towers"]["lj"]["value"] == 3 / 4
     text = "".join(capsys.readouterr())
-    assert "towers: the judge did not answer on 1 of 5" in text and "on 1 of 7" in text
+    assert "towers: the judge gave no verdict on 1 of 5" in text and "on 1 of 7" in text
 
 
 def test_figures_are_written_before_the_judge_is_asked(script, world, monkeypatch):
@@ -535,7 +536,7 @@ BAD = {
     "output below a file": ({"output": "broken.json/eval.json"}, "broken.json"),
     "output is there": ({"output": "odd.json"}, "--output odd.json: it exists"),
     "ids": ({"data": "twice.jsonl"}, "twice: 2 questions have the id 7"),
-    "no judge": ({"judge_url": "foo"}, "--judge_url foo"),
+    "no judge": ({"judge_url": "foo"}, "--judge_url 'foo'"),
 }
 
 
@@ -632,6 +633,56 @@ def test_real_rows(tmp_path, capsys):
         assert {row["id"] for row in rows if row["set"] == name} <= ids
     run(flags)
     assert flags["output"].read_bytes() == text and capsys.readouterr().out == table
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what comes from other files
+
+
+def test_known_questions_that_are_not_there_are_said(script, world, tmp_path, capsys):
+    (tmp_path / "base.json").write_text('{"known": {"towers": ["q77"], "rivers": ["q5"]}}')
+    run(world | {"known": tmp_path / "base.json"}, "--no-closed_book")
+    text = "".join(capsys.readouterr())
+    assert text.count("has none of its questions") == 1 and "warning: towers: --known" in text
+
+
+def test_the_date_of_the_run(tmp_path, capsys):
+    """An evaluation prints the date that its model was trained with."""
+    config = evaluate.Config(model=str(tmp_path), data="d")
+    today = date.today().isoformat()
+    assert evaluate.check(config).date == today and not "".join(capsys.readouterr())
+    (tmp_path / "run.json").write_text(json.dumps({"method": "sem", "date": "2019-02-05"}))
+    assert evaluate.check(config).date == "2019-02-05"
+    assert (
+        evaluate.check(evaluate.Config(model=str(tmp_path), data="d", date="2020-01-01"), {"date"}).date
+        == "2020-01-01"
+    )
+    (tmp_path / "run.json").write_text(json.dumps({"method": "sem"}))
+    assert evaluate.check(config).date == today and "has no date" in "".join(capsys.readouterr())
+
+
+def test_the_date_is_in_the_prompts(script, world, tmp_path):
+    path = tmp_path / "model" / "chat_template.jinja"
+    path.write_text("{{ strftime_now('[date %d %b %Y]') }}" + path.read_text())
+    seen = []
+
+    def reply(number, kind, member):
+        return words(number, "right")
+
+    script(reply)
+    real = evaluate.rollout
+
+    def spy(model, tokenizer, *arguments, **options):
+        episodes = real(model, tokenizer, *arguments, **options)
+        seen.extend(tokenizer.decode(e.prompt_ids) for e in episodes)
+        return episodes
+
+    evaluate.rollout = spy
+    try:
+        run(world, "--date", "2019-02-05")
+    finally:
+        evaluate.rollout = real
+    assert len(seen) == 36 and all("[date 05 Feb 2019]" in prompt for prompt in seen)
 
 
 def test_the_forced_pass_searches_whatever_the_uncertainty(script):

@@ -34,6 +34,7 @@ from measures import (
 )
 from prompts import SEARCH_R1, SSRL
 from reward import REWARDS, sem
+from web import RequestError
 
 # ------------------------------------------------------------------------------------------------------------
 # the metrics of a training step
@@ -470,23 +471,41 @@ WRONG = '{"rationale": "no", "judgement": "incorrect"}'
         (RIGHT, True),
         (WRONG, False),
         (f"Sure:\n```json\n{RIGHT}\n```", True),
-        ("correct", None),
-        ('{"judgement": "maybe"}', None),
-        ('{"judgement": ["correct"]}', None),
-        ('{"rationale": "cut', None),
-        ("{}", None),
-        ("", None),
-        (None, None),  # an endpoint that refuses sends no content
-        ((500, b"oops"), None),
-        ((200, b"not JSON"), None),
-        ((200, b"[]"), None),
-        ((200, b'{"choices": []}'), None),
-        ((None, b"no HTTP at all\r\n\r\n"), None),
+        ('{"judgement": " Correct"}', True),
+        (f"<think>Is it {WRONG}? No: {{x}}.</think>\n{RIGHT}", True),
+        (f"<think>{RIGHT}</think>{{not JSON}} {WRONG} I am sure.", False),
+        ('{"judgement": "correct", "scores": {"a": 1}}', True),
+        ("correct", "no verdict in its reply: .*correct"),
+        ('{"judgement": "maybe"}', "no verdict in its reply: .*maybe"),
+        ('{"judgement": ["correct"]}', "no verdict"),
+        ('{"rationale": "cut', "no verdict"),
+        ("{}", "no verdict"),
+        ("", "no verdict"),
+        (None, "no verdict"),  # an endpoint that refuses sends no content
+        ((500, b"oops"), "^HTTP 500 Internal Server Error: oops$"),
+        (
+            (401, b'{"error": {"message": "Incorrect API key", "code": 1}}'),
+            "HTTP 401 Unauthorized: Incorrect API key$",
+        ),
+        ((404, b'{"error": "no model judge-1"}'), "HTTP 404 Not Found: no model judge-1$"),
+        ((422, b'{"detail": [{"msg": "field required"}]}'), "HTTP 422 .*field required"),
+        (
+            (429, b"<html><p>Too many\n<b>requests</b>\x1b[2J</p>"),
+            r"HTTP 429 Too Many Requests: Too many requests \[2J$",
+        ),
+        ((200, b"not JSON"), "no verdict in its reply: not JSON"),
+        ((200, b"[]"), "no verdict"),
+        ((200, b'{"choices": []}'), "no verdict"),
+        ((None, b"no HTTP at all\r\n\r\n"), "no HTTP at all"),
     ],
 )
 def test_what_the_judge_replies(reply, verdict):
     with endpoint(lambda prompt: reply) as (url, _):
-        assert measures.judge(numbered(3), "gold", url, "judge-1") is verdict
+        if isinstance(verdict, bool):
+            assert measures.judge(numbered(3), "gold", url, "judge-1") is verdict
+        else:
+            with pytest.raises(measures.JudgeError, match=verdict):
+                measures.judge(numbered(3), "gold", url, "judge-1")
 
 
 def test_what_is_sent_to_the_judge(monkeypatch):
@@ -502,18 +521,33 @@ def test_what_is_sent_to_the_judge(monkeypatch):
 
 
 def test_no_judge_at_the_address():
-    assert measures.judge(numbered(3), "gold", "http://127.0.0.1:9", "judge-1") is None
-    assert measures.judge(numbered(3), "gold", "no address", "judge-1") is None
+    for address, reason in {"http://127.0.0.1:9": "refused", "no address": "unknown url type"}.items():
+        with pytest.raises(measures.JudgeError, match=reason):
+            measures.judge(numbered(3), "gold", address, "judge-1")
 
 
-def test_a_silent_judge_is_sent_no_further_answers(monkeypatch):
+def test_the_judge_on_this_machine_is_asked_without_a_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "a key with a line break\n")
+    with endpoint(lambda prompt: RIGHT) as (url, seen):
+        for host in ("127.0.0.1", "localhost", "127.1"):
+            assert measures.judge(numbered(3), "gold", url.replace("127.0.0.1", host), "judge-1") is True
+    assert len(seen) == 3 and seen[0][1]["Authorization"] == "Bearer a key with a line break"
+    with pytest.raises(measures.JudgeError, match="refused"):  # this one goes through the proxy
+        measures.judge(numbered(3), "gold", "http://judge.invalid", "judge-1")
+
+
+def test_a_silent_judge_is_sent_no_further_answers(monkeypatch, capsys):
     """Each missing verdict may cost a minute, so 32 in a row are enough. A verdict begins the count anew."""
     sent = []
 
     def verdict(question, answer, url, model):
         assert (url, model) == ("http://judge", "judge-1")
         sent.append(answer)
-        return True if answer == "x40" else None
+        if answer == "x40":
+            return True
+        raise measures.JudgeError("HTTP 401 Unauthorized")
 
     monkeypatch.setattr(measures, "judge", verdict)
     answers = [(numbered(i), f"x{i}") for i in range(100)]
@@ -522,6 +556,9 @@ def test_a_silent_judge_is_sent_no_further_answers(monkeypatch):
     sent.clear()
     judged = measures.verdicts(answers[16:], "http://judge", "judge-1", "towers")
     assert judged == [None] * 24 + [True] + [None] * 59 and len(sent) == 64
+    said = capsys.readouterr()
+    line = "towers: the judge gave no verdict on 83 of 84 questions; the first reason: HTTP 401 Unauthorized"
+    assert line in said.out + said.err
 
 
 def test_a_pass_that_was_not_made_is_not_a_wrong_answer():
@@ -545,9 +582,11 @@ def test_the_judge_sees_the_options():
 def test_the_judge_has_a_minute(monkeypatch):
     waited = []
 
-    def urlopen(request, timeout):
+    def post(url, body, timeout, headers):
         waited.append(timeout)
-        raise TimeoutError
+        raise RequestError("timed out", again=True)
 
-    monkeypatch.setattr(measures.urllib.request, "urlopen", urlopen)
-    assert measures.judge(numbered(3), "gold", "http://judge", "judge-1") is None and waited == [60]
+    monkeypatch.setattr(measures, "post", post)
+    with pytest.raises(measures.JudgeError, match="timed out"):
+        measures.judge(numbered(3), "gold", "http://judge", "judge-1")
+    assert waited == [60]

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
 import retriever
+import web
 from config import Config
 from data import Doc, InputError
 from retriever import BM25, Handler, Remote, RetrieverError, Server, load_corpus, open_retriever, tokenize
@@ -57,7 +58,7 @@ def pairs(docs):
 
 
 def test_tokenize():
-    assert tokenize("Łódź's 2nd-best_café, ΣΊΣΥΦΟΣ!") == ["łódź", "s", "2nd", "best_café", "σίσυφος"]
+    assert tokenize("Łódź's 2nd-best_café, ΣΊΣΥΦΟΣ!") == ["łódź", "s", "2nd", "best_café", "σίσυφοσ"]
     assert tokenize("東京は、日本の首都") == ["東京は", "日本の首都"]
     assert tokenize(" .,;\n") == []
 
@@ -198,7 +199,7 @@ def test_load_corpus(tmp_path):
         {"id": "a", "contents": '"Faust"\nA play.\nIn two parts.'},
         {"id": 7, "contents": '"John "Hannibal" Smith"\nA colonel.'},
         {"id": "b", "title": '"Heroes"', "text": "Bowie, 東京"},
-        {"id": "c", "contents": "No quotes\nText.", "title": "unused"},
+        {"id": "c", "contents": "No quotes\nText.", "title": "Its own"},
         {"id": "d", "contents": '"Only a title"'},
     ]
     lines = [json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(rows)]
@@ -207,7 +208,7 @@ def test_load_corpus(tmp_path):
         Doc("a", "Faust", "A play.\nIn two parts."),
         Doc("7", 'John "Hannibal" Smith', "A colonel."),
         Doc("b", '"Heroes"', "Bowie, 東京"),
-        Doc("c", "No quotes", "Text."),
+        Doc("c", "Its own", "No quotes\nText."),
         Doc("d", "Only a title", ""),
     ]
 
@@ -217,7 +218,7 @@ def test_load_corpus(tmp_path):
     [
         (b"{not json", "not JSON"),
         (b'{"id": "1", "contents": "caf\xe9"}', "not UTF-8"),
-        (b"[1, 2]", "not a JSON object"),
+        (b"[1, 2]", "a row is a JSON object"),
         (b'{"id": "1"}', "contents"),
         (b'{"id": "1", "contents": null}', "contents"),
         (b'{"id": "1", "title": "t", "text": 5}', "contents"),
@@ -232,7 +233,7 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
     with pytest.raises(InputError) as error:
         load_corpus(path)
     message = str(error.value)
-    assert f"{path}, line 3: " in message and reason in message and "\n" not in message
+    assert f"{path}:3: " in message and reason in message and "\n" not in message
 
 
 def test_no_corpus(tmp_path):
@@ -427,7 +428,7 @@ def test_client_timeout(drip):
 
 
 def test_client_huge_reply(monkeypatch):
-    monkeypatch.setattr(retriever, "MAX_REPLY", 100_000)
+    monkeypatch.setattr(web, "MAX_REPLY", 100_000)
 
     def endless(handler):
         handler.send_response(200)
@@ -634,7 +635,7 @@ def test_program(tmp_path):
     [
         ([], "--corpus"),
         (["--corpus", "missing.jsonl", "--port", "0"], "missing.jsonl"),
-        (["--corpus", __file__, "--port", "0"], "line 1: not JSON"),
+        (["--corpus", __file__, "--port", "0"], ":1: not JSON"),
         (["--corpus", "x", "--port", "70000"], "port"),
         (["--corpus", "x", "--port", "0", "--host", "256.0.0.1"], "256.0.0.1"),
         (["--corpus", "x", "--prot", "0"], "--prot"),
@@ -647,3 +648,148 @@ def test_program_errors(args, reason, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert error.value.code == 2 and message.startswith("retriever.py: error: ")
     assert reason in message and message.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# letters and titles as people write them
+
+
+@pytest.mark.parametrize(
+    "document, query",
+    [
+        ("İstanbul", "Istanbul"),
+        ("İSTANBUL", "istanbul"),
+        ("I\u0307stanbul", "istanbul"),
+        ("Straße", "STRASSE"),
+        ("ﬁnal", "final"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("ＮＨＫ １９２５", "nhk 1925"),
+        ("co\u00adopera\u200btion", "cooperation"),
+        ("\u200eשלום\u200f", "שלום"),
+        ("ΣΊΣΥΦΟΣ", "σίσυφος"),
+        ("हिन्दी", "हिन्दी"),
+        ("한국", "\u1112\u1161\u11ab\u1100\u116e\u11a8"),
+        ("❤\ufe0flove", "love"),
+        ("naïve\u034f", "NAI\u0308VE"),
+    ],
+)
+def test_spellings_of_one_word_are_one_word(document, query):
+    assert tokenize(document) == tokenize(query)
+    docs = [Doc("1", "", document), Doc("2", "", "other words"), Doc("3", "", "and others")]
+    for idf in ("plus1", "okapi"):
+        assert [doc.id for doc in BM25(docs, idf).search([query], 3)[0]] == ["1"]
+        reference = okapi(docs).get_scores(tokenize(query))
+        assert idf == "plus1" or np.array_equal(BM25(docs, idf).scores(query), reference)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("हिन्दी", "हद"),
+        ("หมา", "หม"),
+        ("año", "ano"),
+        ("ı", "i"),
+        ("naïve", "naive"),
+        ("का", "की"),
+        ("й", "и"),
+    ],
+)
+def test_marks_that_make_another_word_stay(one, other):
+    assert len(tokenize(one)) == 1 and tokenize(one) != tokenize(other)
+
+
+OWN = {"title": "Paris", "contents": "The capital of France has two million inhabitants."}
+TITLES = {  # row: title and text of the document
+    "a title of its own": (OWN, ("Paris", OWN["contents"])),
+    "both, in two lines": (OWN | {"contents": "Line one.\nLine two."}, ("Paris", "Line one.\nLine two.")),
+    "both, and the same title": ({"title": "Paris", "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
+    "both, without quotes": ({"title": " Paris ", "contents": "Paris\nA city."}, (" Paris ", "A city.")),
+    "title, text and contents": (
+        {"title": "P", "text": "A city.", "contents": "P\nA city."},
+        ("P", "A city."),
+    ),
+    "a number": ({"title": 1984, "contents": "A novel."}, ("1984", "A novel.")),
+    "an empty title": ({"title": " ", "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
+    "no title": ({"title": None, "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
+    "one line": ({"contents": "A city on the Seine."}, ("", "A city on the Seine.")),
+    "one line in quotes": ({"contents": '"Paris"'}, ("Paris", "")),
+    "only title and text": ({"title": "", "text": "A city."}, ("", "A city.")),
+}
+
+
+@pytest.mark.parametrize("case", TITLES)
+def test_a_title_of_its_own_wins(tmp_path, case):
+    row, expected = TITLES[case]
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "1"} | row))
+    with fake((200, {"result": [[{"document": row, "score": 1}]]})) as (url, _):
+        docs = [*load_corpus(tmp_path / "corpus.jsonl"), *Remote(url).search(["q"], 1)[0]]
+    assert [(doc.title, doc.text) for doc in docs] == [expected] * 2
+    with running(Server(("127.0.0.1", 0), Handler)) as url:  # and the same again after our own server
+        pass
+    server = Server(("127.0.0.1", 0), Handler)
+    server.retriever = BM25(docs[:1])
+    with running(server) as url:
+        [[again]] = Remote(url).search([f"{expected[0]} {expected[1]}"], 1)
+    assert (again.title, again.text) == expected
+
+
+def test_the_servers_own_message_is_shown():
+    with fake((400, {"error": "topk is larger than 100"})) as (url, _):
+        assert "HTTP 400 Bad Request: topk is larger than 100 (attempt 1" in failure(Remote(url))
+    with fake((503, b"<html><h1>Busy</h1>\n<p>try later</p>")) as (url, _):
+        assert "HTTP 503 Service Unavailable: Busy try later (attempt 2" in failure(Remote(url, retries=1))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# bounds of the client and of the server
+
+
+def test_many_and_long_queries_are_split(served, monkeypatch):
+    """Each request has to stay within the bounds of the server, and the order of the queries is kept."""
+    url, bm25 = served
+    sizes, real = [], retriever.post
+
+    def spy(url, content, timeout):
+        sizes.append((len(json.dumps(content)), len(content["queries"]) * content["topk"]))
+        return real(url, content, timeout)
+
+    monkeypatch.setattr(retriever, "post", spy)
+    rambling = [f"poland {i} " + "\U0001f600 word " * 3000 for i in range(35)]
+    assert Remote(url).search(rambling, 2) == bm25.search(rambling, 2) and len(sizes) > 1
+    short = [("poland", "tokyo", "x")[i % 3] for i in range(12_000)]
+    assert Remote(url).search(short, 2) == bm25.search(short, 2)
+    longer = ["\U0001f600" * 300_000 + " poland"]
+    assert Remote(url).search(longer, 2) == [[]]  # it is cut before the word
+    assert max(size for size, _ in sizes) <= retriever.MAX_REQUEST
+    assert max(documents for _, documents in sizes) <= retriever.MAX_DOCUMENTS
+
+
+def test_the_server_bounds_what_a_small_request_may_ask_for(served, monkeypatch):
+    url, _ = served
+    status, reply = post(url, {"queries": ["a"] * 200_000, "topk": 100})
+    assert status == 400 and "more than 10000 documents" in reply["error"]
+    monkeypatch.setattr(retriever, "MAX_REPLY", 200)
+    status, reply = post(url, {"queries": ["the"] * 50, "topk": 100})
+    assert status == 400 and "larger than 200 characters" in reply["error"]
+
+
+def test_long_queries_do_not_stay_in_memory():
+    bm25 = BM25(DOCS)
+    bm25.search(["poland " * 1000, "poland"], 2)
+    assert bm25._top.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", "-Infinity", '"nan"'])
+def test_a_score_that_is_no_number_is_named(score):
+    body = f'{{"result": [[{{"document": {{"id": "1", "contents": "x"}}, "score": {score}}}]]}}'.encode()
+    with fake((200, body)) as (url, _):
+        assert "the score of a document is" in failure(Remote(url))
+
+
+def test_half_a_surrogate_in_an_id_is_named(tmp_path):
+    body = b'{"result": [[{"document": {"id": "\\ud800", "contents": "x"}}]]}'
+    with fake((200, body)) as (url, _):
+        assert "surrogates not allowed" in failure(Remote(url))
+    (tmp_path / "c.jsonl").write_bytes(b'{"id": "\\ud800", "contents": "x"}')
+    with pytest.raises(InputError, match=r"c\.jsonl:1: .*surrogates"):
+        load_corpus(tmp_path / "c.jsonl")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import rollout as module
@@ -52,7 +52,10 @@ def words():
     pieces = Regex(r"</?\w+>|\w+|[^\w\s]")
     backend.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in vocab[:3]])
-    template = "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} <assistant>{% endif %}"
+    # The system prompt is written and then dropped by the tokenizer, so that prompts are short.
+    backend.normalizer = normalizers.Replace(Regex(r"<system>[\s\S]*</system>"), "")
+    template = "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} <assistant>"
+    template += "{% elif m.role == 'system' %}<system>{{ m.content }}</system>{% endif %}"
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",

@@ -5,6 +5,7 @@ The tests are about the run directory, checkpoints, resuming, signals, and the s
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -499,6 +500,111 @@ def test_a_full_gpu_is_one_line(world, lively, monkeypatch, handlers, where, sav
     assert [p.name for p in checkpoints(Path(world["output_dir"]))] == saved
 
 
+# ------------------------------------------------------------------------------------------------------------
+# the date, and checkpoints that cannot be written
+
+
+def with_a_date(flags: dict[str, str]):
+    path = Path(flags["model"]) / "chat_template.jinja"
+    path.write_text(path.read_text() + "{{ strftime_now(' w%-d w%-m') }}")
+
+
+def test_a_run_has_one_date(world, lively, tmp_path, monkeypatch):
+    """A run that is resumed on another day has the prompts of the first day, so it stays exact."""
+
+    class OtherDay(module.date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 3, 4)
+
+    with_a_date(world)
+    flags = [world | {"output_dir": str(tmp_path / name), "save_steps": "2"} for name in ("whole", "part")]
+    assert run_main(flags[0] | {"date": "2019-02-05"}) == 0
+    monkeypatch.setattr(module, "date", OtherDay)
+    assert run_main(flags[1] | {"date": "2019-02-05", "max_steps": "2"}) == 0
+    assert json.loads((tmp_path / "part" / "run.json").read_text())["date"] == "2019-02-05"
+    assert run_main({"output_dir": flags[1]["output_dir"], "max_steps": "4"}, "--resume") == 0
+    assert timeless(tmp_path / "part" / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
+    rows = timeless(tmp_path / "part" / "transcripts.jsonl")
+    assert all(row["prompt"].endswith("w5 w2") for row in rows)
+    with pytest.raises(InputError, match="--date is 2019-02-05 in"):
+        run_main({"output_dir": flags[1]["output_dir"], "date": "2019-02-06"}, "--resume")
+
+
+def test_a_run_json_without_a_date_takes_todays(world, lively, capsys):
+    with_a_date(world)
+    assert run_main(world | {"max_steps": "2"}) == 0
+    path = Path(world["output_dir"]) / "run.json"
+    settings = json.loads(path.read_text())
+    today = module.date.today().isoformat()
+    assert settings.pop("date") == today
+    path.write_text(json.dumps(settings))
+    assert run_main({"output_dir": world["output_dir"], "max_steps": "3"}, "--resume") == 0
+    assert f"has no date; a chat template that prints one gets {today}" in "".join(capsys.readouterr())
+    assert json.loads(path.read_text())["date"] == today
+
+
+@pytest.mark.parametrize("where", ["fsync", "weights", "rename"])
+def test_a_run_whose_first_checkpoint_cannot_be_written_stops(world, lively, monkeypatch, capsys, where):
+    def refuse(*arguments, **options):
+        raise OSError(9, "Bad file descriptor")
+
+    name = {"fsync": "fsync", "rename": "replace"}.get(where)
+    real = getattr(os, name) if name else None
+    if where == "weights":
+        monkeypatch.setattr(module, "save_file", refuse)
+    else:
+
+        def sometimes(source, *arguments):
+            return refuse() if where == "fsync" or "checkpoint-" in str(source) else real(source, *arguments)
+
+        monkeypatch.setattr(os, name, sometimes)
+    with pytest.raises(
+        InputError, match=r"checkpoint-2 was not written, so the run stops: .*Bad file descriptor"
+    ):
+        run_main(world)
+    assert steps_of(world) == [1, 2] and not list(Path(world["output_dir"]).glob("checkpoint-*"))
+    monkeypatch.undo()
+
+
+def test_files_are_flushed_through_a_handle_that_can_be_written_to(world, lively, monkeypatch):
+    import fcntl
+
+    real, modes = os.fsync, []
+
+    def spy(number):
+        modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE)
+        return real(number)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    assert run_main(world | {"max_steps": "2"}) == 0
+    assert len(modes) >= 6 and set(modes) == {os.O_RDWR}
+
+
+def test_what_a_crash_left_of_a_checkpoint_is_removed(world, lively):
+    assert run_main(world | {"max_steps": "2"}) == 0
+    out = Path(world["output_dir"])
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-7.tmp")
+    assert run_main({"output_dir": world["output_dir"], "max_steps": "3"}, "--resume") == 0
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SIGKILL (bench/kill.py makes many more of these)
+
+
+@pytest.mark.parametrize("call", [25, 45])
+def test_a_killed_run_ends_like_an_undisturbed_one(world, undisturbed, tmp_path, call):
+    """The run is killed when it opens or renames a file for the 25th time, which is inside of the first
+    checkpoint, and for the 45th time, which is later."""
+    kill = runpy.run_path(str(ROOT / "bench" / "kill.py"))
+    trial = kill["Trial"](tmp_path, "killed", [*arguments(world), "--no-bf16"])
+    assert "exit -9" in kill["killed_at_a_call"](trial, call)
+    assert (call == 25) == ([p.suffix for p in trial.out.glob("checkpoint-*")] == [".tmp"])
+    assert not (trial.out / "model.safetensors").exists() and trial.finish() == 0
+    assert kill["differences"](trial.out, Path(undisturbed)) == "none"
+
+
 @pytest.mark.parametrize("call, saved", [(5, ["checkpoint-2"]), (6, [])])
 def test_a_gpu_that_is_full_between_two_updates_leaves_no_checkpoint(
     world, lively, monkeypatch, handlers, call, saved
@@ -521,15 +627,14 @@ def test_a_second_signal_does_not_break_the_checkpoint_of_the_first(
 ):
     """The first signal drops the step under way. The second one comes while the steps before it are saved,
     at the beginning or at the end."""
-    owner = module.Run if moment == "write_model" else module
-    real = getattr(owner, moment)
+    real = getattr(module, moment)
 
     def interrupted(*args):
         terminate()
         return real(*args)
 
     monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 2, terminate))
-    monkeypatch.setattr(owner, moment, interrupted)
+    monkeypatch.setattr(module, moment, interrupted)
     assert run_main(world | {"save_steps": "50"}) == 130
     out = Path(world["output_dir"])
     assert [p.name for p in checkpoints(out)] == ["checkpoint-1"] and not list(out.glob("*.tmp"))
@@ -539,17 +644,21 @@ def test_a_second_signal_does_not_break_the_checkpoint_of_the_first(
 def test_after_a_checkpoint_a_signal_stops_the_run_at_once(
     world, lively, monkeypatch, handlers, capsys, disk_is_full
 ):
-    """Only while a checkpoint is written do signals wait for it, whether or not that succeeds."""
+    """Only while a checkpoint is written do signals wait for it, whether or not that succeeds. Here it is the
+    second one that may fail, because without the first one the run would stop."""
+    real = module.save_file
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def full(tensors, path):
+        if "checkpoint-2" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(tensors, path)
 
     if disk_is_full:
         monkeypatch.setattr(module, "save_file", full)
-    monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 2, terminate))
+    monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 3, terminate))
     assert run_main(world | {"save_steps": "1"}) == 130
-    assert steps_of(world) == [1]
-    assert ("checkpoint-1 was not written" in capsys.readouterr().out) == disk_is_full
+    assert steps_of(world) == [1, 2]
+    assert ("checkpoint-2 was not written" in capsys.readouterr().out) == disk_is_full
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -763,19 +872,3 @@ def test_a_transcript_is_about_one_episode(world):
     ]
     run.config = replace(run.config, log_completions=9)
     assert [row["id"] for row in run.transcripts(episodes, parts, [0.0] * 5)] == list("01234")
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    """What stops the program before the end of the new file leaves the old one."""
-
-    def fails(*args):
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "run.json").write_text("old")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fails)
-        with pytest.raises(OSError):
-            module.replace_text(tmp_path / "run.json", "new")
-    assert (tmp_path / "run.json").read_text() == "old"
-    module.replace_text(tmp_path / "run.json", "new")
-    assert (tmp_path / "run.json").read_text() == "new"

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import grpo
@@ -22,7 +22,10 @@ WORDS = "<pad> <eos> <think> </think> <answer> </answer> <search> </search> <res
 WORDS += "who is where no yes results".split()
 NAMES = [f"w{i}" for i in range(40)]
 VOCABULARY = len(WORDS) + len(NAMES)
-CHAT_TEMPLATE = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}[{{ m['content'] }}]{% endif %}"
+    "{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
 
 
 def write_world(folder: Path, dropout: float = 0.0) -> dict[str, str]:
@@ -30,6 +33,9 @@ def write_world(folder: Path, dropout: float = 0.0) -> dict[str, str]:
     them."""
     vocabulary = {word: i for i, word in enumerate([*WORDS, *NAMES])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="no"))
+    backend.normalizer = normalizers.Replace(
+        Regex(r"^\[[^\]]*\]"), ""
+    )  # this small model reads no instructions
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
