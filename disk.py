@@ -115,6 +115,15 @@ def flush(folder: Path):
     for path in folder.iterdir():
         with open(path, "rb+") as file:  # Windows flushes only what can be written to
             os.fsync(file.fileno())
+    flush_names(folder)
+
+
+def flush_names(folder: Path):
+    """Waits until the names of the files of a directory are on the disk; Windows has no call for that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_model(model, tokenizer, folder: Path):

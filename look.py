@@ -27,9 +27,10 @@ import torch
 import config as flags
 import evaluate
 import grpo
-from config import check_ranges, fail, parse
+from config import check_date, check_ranges, fail, parse
 from data import Episode, InputError, Question
 from model import check_prompts, load_model, probe
+from prompts import set_date
 from retriever import RetrieverError, open_retriever
 from reward import METHODS
 from rollout import detokenize, rollout
@@ -57,6 +58,7 @@ class Config:
     max_searches: int = 4  # results and reminders that an episode may get
     max_completion_length: int = 8192  # tokens after the prompt, results included
     max_doc_tokens: int = 512  # tokens that each document is cut to
+    date: str = ""  # what a chat template that prints the date prints; none: as its run.json says, else today
     cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs
 
 
@@ -68,10 +70,11 @@ def check(config: Config, given: set[str] = frozenset()) -> Config:
             raise InputError(f"--{name} is needed")
     if config.question.encode(errors="replace").decode() != config.question:
         raise InputError("--question: it is not UTF-8")
-    shared = "model", "method", *BUDGET
+    shared = "model", "method", "date", *BUDGET
     stored = evaluate.as_trained(evaluate.Config(**{n: getattr(config, n) for n in shared}), given)
     config = replace(config, **{name: getattr(stored, name) for name in shared})
     check_ranges(config, RANGES)
+    check_date(config.date)
     if config.method not in METHODS:
         raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     if not (config.corpus or config.retriever or METHODS[config.method].template.self_search):
@@ -153,6 +156,7 @@ def main(config: Config, given: set[str] = frozenset()) -> int:
     config, device = check(config, given), "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tokenizer = load_model(config.model, device, dtype)
+    set_date(tokenizer, config.date)
     episode = sample(config, model, tokenizer)
     scored = score(config, model, episode, len(tokenizer))
     return report(episode, scored, tokenizer, TOLERANCES[dtype])

@@ -49,6 +49,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from data import InputError
+from disk import read_lines
 from flags import Parser, fail
 
 FIGURES = re.findall(r"^    (\S+) \| (.+)\n((?: {8}.+\n)+)", __doc__ or "", re.MULTILINE)
@@ -91,16 +92,12 @@ def number(value) -> float | None:
 
 
 def read_rows(path: Path, *keys: str) -> tuple[list[dict], int]:
-    """(rows of a log that have these keys, number of other lines). A line ends at a newline alone: its texts
-    hold other characters that str.splitlines takes for an end."""
-    rows, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
-    for line in filter(bytes.strip, lines):
-        try:
-            row = json.loads(line.decode(errors="replace"))
-            rows += [row] if number(row["step"]) is not None and all(key in row for key in keys) else []
-        except (ValueError, LookupError, TypeError, RecursionError):  # cut short, or no row at all
-            continue
-    return rows, sum(map(bool, map(bytes.strip, lines))) - len(rows)
+    """(rows of a log that have a step and these keys, number of other lines)."""
+    if not path.exists():
+        return [], 0
+    rows = [row for _, row in read_lines(path)]
+    rows = [row for row in rows if number(row.get("step")) is not None and all(key in row for key in keys)]
+    return rows, sum(map(bool, map(bytes.strip, path.read_bytes().split(b"\n")))) - len(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ import toy
 from cache import context_length, kv_bytes
 from config import TOY, Config, check, check_writable
 from data import Episode, InputError, Question, load_sets
-from disk import append_rows, drop_later_rows, flush, replace_bytes, write_model
+from disk import append_rows, drop_later_rows, flush, flush_names, replace_bytes, write_model
 from evaluate import evaluate
 from measures import markdown, summary
 from model import check_prompts, load_model, probe
@@ -417,6 +417,7 @@ class Run:
             (temporary / "trainer_state.json").write_text(json.dumps(state))
             flush(temporary)
             os.replace(temporary, final)
+            flush_names(self.out)
             self.has_saved = True
             for old in checkpoints(self.out)[: -self.config.save_total_limit]:
                 shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ import os
 import runpy
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -573,7 +574,8 @@ def test_files_are_flushed_through_a_handle_that_can_be_written_to(world, lively
     real, modes = os.fsync, []
 
     def spy(number):
-        modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE)
+        if not stat.S_ISDIR(os.fstat(number).st_mode):
+            modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE)
         return real(number)
 
     monkeypatch.setattr(os, "fsync", spy)
@@ -736,11 +738,14 @@ def test_checkpoint_10_is_newer_than_checkpoint_8(world, monkeypatch):
 
 def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(world, lively, monkeypatch):
     """Otherwise a power failure could leave a complete name with empty files. The checkpoint before it is
-    removed later still."""
+    removed later still: when the name of the new one is on the disk too."""
     out, named, flushed, fsync, replace = Path(world["output_dir"]), [], set(), os.fsync, os.replace
+    seen_with_the_name = []
 
     def spied_fsync(file):
         flushed.add(os.fstat(file).st_ino)
+        if os.fstat(file).st_ino == out.stat().st_ino:
+            seen_with_the_name.append([p.name for p in checkpoints(out)])
         fsync(file)
 
     def spied_replace(source, target):
@@ -753,6 +758,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(world, lively, monk
     monkeypatch.setattr(os, "replace", spied_replace)
     assert run_main(world | {"save_total_limit": "1"}) == 0
     assert named == [("checkpoint-2", [], []), ("checkpoint-4", [], ["checkpoint-2"])]
+    assert seen_with_the_name == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
     assert [p.name for p in checkpoints(out)] == ["checkpoint-4"]
 
 
