@@ -110,6 +110,12 @@ def replace_bytes(path: Path, content: bytes):
     os.replace(temporary, path)
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    complete = (p.parent for p in out.glob("checkpoint-*/trainer_state.json"))
+    return sorted((p for p in complete if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+
+
 def flush(folder: Path):
     """Waits until the files of a directory are on the disk."""
     for path in folder.iterdir():

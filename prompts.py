@@ -144,8 +144,8 @@ def encode_foreign(text: str, tokenizer, template: Template) -> tuple[int, ...]:
     Every run of whitespace becomes one blank, because some tokenizers have added tokens that consist of
     blanks or newlines."""
     _, added = _forbidden(tokenizer, template)
-    text = neutralise(" ".join(text.split()), tokenizer, template)
-    text = " ".join(text.split())  # once more: "< think>" has become "<  think>", with two blanks
+    # blanks are joined twice, because "< think>" has become "<  think>", with two blanks
+    text = " ".join(neutralise(" ".join(text.split()), tokenizer, template).split())
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return tuple(i for i in ids if i not in added)  # no space can break an added token of one character
 
@@ -195,11 +195,10 @@ def render(template: Template, question: Question, tokenizer) -> list[int]:
     for messages in (apart, merged):
         try:
             prompt = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+            if template.system.strip() in prompt and text.strip() in prompt:
+                return tokenizer(prompt, add_special_tokens=False).input_ids
         except Exception as error:  # a template can raise anything: it is a program
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            continue
-        if template.system.strip() in prompt and text.strip() in prompt:
-            return tokenizer(prompt, add_special_tokens=False).input_ids
     raise InputError(f"the chat template of the tokenizer cannot be used: {reason}")
 
 
@@ -239,13 +238,13 @@ def apply_chat_template(tokenizer, messages: list[dict[str, str]], **options) ->
 def closing_token(tokenizer) -> int | None:
     """The id of the token with which the chat template closes an assistant's message: the first added token
     after its content. None if there is none, for instance because the closing is plain text."""
-    content = "zebra"  # any word that no template contains
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    word = "zebra"  # any word that no template contains
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
     try:
         text = apply_chat_template(tokenizer, messages)
     except Exception:  # as in `render`
         return None
-    _, found, closing = text.rpartition(content)
+    _, found, closing = text.rpartition(word)
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     ids = tokenizer(closing, add_special_tokens=False).input_ids if found else []
     return next((i for i in ids if i in added), None)

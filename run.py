@@ -51,7 +51,7 @@ import toy
 from cache import context_length, kv_bytes
 from config import TOY, Config, check, check_writable
 from data import Episode, InputError, Question, load_sets
-from disk import append_rows, drop_later_rows, flush, flush_names, replace_bytes, write_model
+from disk import append_rows, checkpoints, drop_later_rows, flush, flush_names, replace_bytes, write_model
 from evaluate import evaluate
 from measures import markdown, summary
 from model import check_prompts, load_model, probe
@@ -456,9 +456,3 @@ class Run:
         self.sync_sampling_model()
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
         self.step = state["global_step"]
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    complete = (p.parent for p in out.glob("checkpoint-*/trainer_state.json"))
-    return sorted((p for p in complete if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
