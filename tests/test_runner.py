@@ -357,8 +357,9 @@ def calls(monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape, temperature", [("qwen2", 0.0), ("qwen2", 1.0), ("qwen3", 1.0), ("llama", 0.0), ("gpt2", 1.0)]
+)
 def test_a_rollout_through_the_kernel_has_the_tokens_of_sdpa(calls, monkeypatch, shape, temperature):
     """In fp32, with ragged rows and with searches."""
     runner = make(shape, cuda_graphs=False)

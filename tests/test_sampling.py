@@ -100,9 +100,9 @@ def test_equal_logits_and_large_ones():
 
 def test_small_probabilities_are_told_apart():
     """Near 1, fp32 numbers are 6e-8 apart, and each of these tokens has probability 3e-9."""
-    logits = torch.zeros(10, 150_000, device=DEVICE)
+    logits = torch.zeros(2, 150_000, device=DEVICE)
     logits[:, 0] = 19.5
-    agree(logits, torch.linspace(0.99955, 0.99999, 10, dtype=torch.float64, device=DEVICE), 1.0, 150_000)
+    agree(logits, torch.linspace(0.99955, 0.99999, 2, dtype=torch.float64, device=DEVICE), 1.0, 150_000)
 
 
 def test_the_greedy_token_is_the_largest_logit():
