@@ -81,13 +81,14 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(args)
         if unknown:
             flags = [
-                text[2:] for text in self._option_string_actions if text.startswith("--") and text != "--help"
+                text[2:] for text in self._option_string_actions if text[:2] == "--" and text != "--help"
             ]
             # verl writes actor_rollout_ref.rollout.n=5
             word = unknown[0].lstrip("-").partition("=")[0].rpartition(".")[2].replace("-", "_")
             known = [flag for flag, names in PEERS.items() if word in names.split() and flag in flags]
-            nearest = (known or difflib.get_close_matches(word, flags, 1, cutoff=0))[0]
-            self.error(f"unknown flag {unknown[0]}; the nearest one is --{nearest}")
+            nearest = known or difflib.get_close_matches(word, flags, 1, cutoff=0)
+            hint = f"; the nearest one is --{nearest[0]}" if nearest else ""
+            self.error(f"unknown flag {unknown[0]}{hint}")
         return values
 
 

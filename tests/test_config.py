@@ -25,7 +25,7 @@ import retriever
 import toy
 from config import RANGES, Config, check, parse
 from data import InputError
-from flags import PEERS
+from flags import PEERS, Parser
 from reward import METHODS, REWARDS
 
 ROOT = Path(__file__).parent.parent
@@ -281,6 +281,12 @@ def test_an_unknown_flag_names_the_nearest_one(capsys, word, nearest):
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1
     assert f"unknown flag {word}; the nearest one is --{nearest}" in err
+
+
+def test_a_program_without_flags_has_no_nearest_one(capsys):
+    with pytest.raises(SystemExit):
+        Parser(prog="p").parse_args(["--zzz"])
+    assert capsys.readouterr().err == "p: error: unknown flag --zzz\n"
 
 
 def test_the_names_of_other_programs_are_those_of_flags():
