@@ -178,6 +178,10 @@ def check(config: Config) -> Config:
 def check_writable(path: Path, flag: str) -> Path:
     """Returns the nearest existing directory on the way to `path`. Raises InputError if `path` cannot be
     created in it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # the libraries that write weights and tokenizers take no other names
+        raise InputError(f"{flag} {path}: its name is not UTF-8") from None
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{flag} {path}: {nearest} is not a directory that can be written to")

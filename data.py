@@ -15,6 +15,7 @@ import os
 import random
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -194,10 +195,18 @@ def _question(source: str, where: str, id, text, answers, choices) -> Question:
     return Question(str(id), text, answers, source, choices or None)
 
 
-_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")  # LaTeX: \frac{1}{2}
-_COMMA = re.compile(r"\{,\}|\\,|(?<=\d)[\u2009\u202f](?=\d{3})")  # LaTeX's commas, and thin blanks
+_FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")  # LaTeX: \frac{1}{2}
+_COMMA = re.compile(
+    r"\{,\}|\\,|(?<=\d)(?:[\xa0\u2009\u202f~\uff0c]|\\[;: ])(?=\d{3}(?!\d))"
+)  # thin blanks too
+_VULGAR = re.compile(r"(?<=\d)?\s*([\xbc-\xbe\u2150-\u215e])")  # the characters of one half, one third, ...
+_UNREAD = re.compile(  # what would change the value: roots, powers, and words for large numbers
+    r"\\sqrt|[\u221a\xb1]|\d\s*[\xb2\xb3\xb9\u2070-\u207f]|\d\s*(?:k|bn|[mbt]r?illion|thousand|hundred)\b"
+    r"|\$\s*[\d.,]+\s*[mb]\b",
+    re.IGNORECASE,
+)
 _NAME = re.compile(r"(?<!\w)[^\W\d_]\w*")  # a word that begins with a letter: the digits of CO2 are no number
-_MINUS = r"[-\u2212\u2013\uff0d]"  # hyphen, minus, en dash, full-width hyphen
+_MINUS = r"[-\u2010-\u2013\u2212\ufe63\uff0d]"  # hyphens, en dash, minus
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)"  # commas stand only between groups of three
 _NUMBER = re.compile(
     rf"""(?: (?<![\w)\]}}]) (?P<minus>{_MINUS}) )?    # no minus: 3-5, x-5, f(x)-5
@@ -212,8 +221,13 @@ def number(text: str) -> Fraction | None:
     r"""The value of the only number in a text: 9500 for "$9{,}500", "9,500.00 dollars" or "\boxed{9500}".
     None if there is not exactly one, as in "3-5" or "9,50". Units and percent signs are left out, because the
     answers of GSM8K leave them out."""
-    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)  # 2\frac{1}{2} is 2 1/2
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[1]), text).replace("\u2044", "/")
+    text = re.sub(r"(?<=\d)(?=\\[cdt]?frac)", " ", text)  # 2\frac{1}{2} is 2 1/2
     text = _FRACTION.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]} ", text)
+    text = re.sub(r"(?<=[A-Za-z}])\^\{?[23]\}?(?!\d)", "", text)  # square metres
+    text = re.sub(r"\b(?:minus|negative)\s+(?=[$\d.])", "-", text, flags=re.IGNORECASE)
+    if _UNREAD.search(text):
+        return None
     text = _NAME.sub("w", _COMMA.sub(",", text.replace("\\!", "")))
     found = _NUMBER.search(text)
     if not found or len(found[0]) > 400 or re.search(r"\d", text[: found.start()] + text[found.end() :]):

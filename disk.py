@@ -139,7 +139,12 @@ def write_model(model, tokenizer, folder: Path):
     transformers 5 writes names that version 4 does not know. It would refuse the tokenizer, and it would read
     the model with another base of the rotary embedding, without a warning. So both names are written."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower, for a full disk too
+        raise OSError(str(error)) from error
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -152,6 +157,12 @@ def write_model(model, tokenizer, folder: Path):
     rope = dict(settings.get("rope_parameters") or {})
     if "rope_theta" in rope:
         settings["rope_theta"] = rope.pop("rope_theta")
-        if rope.get("rope_type", "default") != "default":
+        if "partial_rotary_factor" in rope:
+            settings["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        if rope.get("rope_type") == "longrope":  # version 4 takes no other keys for Phi-3
+            settings["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+            factors = {key: rope[key] for key in ("short_factor", "long_factor")}
+            settings["rope_scaling"] = {"type": "longrope", **factors}
+        elif rope.get("rope_type", "default") != "default":
             settings["rope_scaling"] = rope
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -13,6 +13,7 @@ import bz2
 import csv
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def _unpacked(path) -> Path:
 
 def stem(path) -> str:
     """The name of a file without its endings: "dev" for data/dev.jsonl and for dev.jsonl.gz."""
-    return _unpacked(path).stem
+    return os.fsencode(_unpacked(path).stem).decode(errors="backslashreplace")  # a name need not be UTF-8
 
 
 def format_of(path) -> str:
@@ -74,7 +75,7 @@ def open_unpacked(path) -> BinaryIO:
         file = unpack(file)
     parquet = format_of(path) == ".parquet"
     for magic, kind in FOREIGN.items():
-        if head.lower().startswith(magic.lower()) and not (parquet and magic == b"PAR1"):
+        if head.lstrip().lower().startswith(magic.lower()) and not (parquet and magic == b"PAR1"):
             raise InputError(f"{path}: it is {kind}")
     if head[257:262] == b"ustar":
         raise InputError(f"{path}: it is a tar archive; unpack it first")
@@ -96,12 +97,16 @@ def lines(path) -> Iterator[tuple[int, str]]:
 
 def json_lines(path) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) for each line of a JSONL file, except blank ones."""
+    if format_of(path) == ".parquet":
+        raise InputError(f"{path}: its name says parquet, and only JSONL is read here")
+    first = True
     for n, line in lines(path):
         if line.strip():
-            if n == 1 and re.match(r"\s*\[\s*(\{|$)", line):
+            if first and re.match(r"\s*\[\s*(\{|$)", line):
                 raise InputError(
                     f"{path}: it is a JSON list, not JSONL, which has one JSON object in each line"
                 )
+            first = False
             yield f"{path}:{n}", _object(_json(line, path, n), f"{path}:{n}")
 
 
@@ -136,9 +141,11 @@ def _csv(path) -> Iterator[tuple[str, dict]]:
 def _json_list(path) -> Iterator[tuple[str, dict]]:
     text = "".join(line for _, line in lines(path))
     if text.lstrip().startswith("{"):
+        one, rest = text.strip().partition("\n")[::2]
         try:
-            json.loads(text.lstrip().partition("\n")[0])
-            kind = "JSONL (one JSON object in each line); its name has to end with .jsonl"
+            json.loads(one)
+            kind = "JSONL" if rest else "one JSON object, or JSONL with one row"
+            kind += "; the name of JSONL, with one JSON object in each line, has to end with .jsonl"
         except ValueError:
             kind = "a JSON object, not a JSON list of rows"
         raise InputError(f"{path}: it is {kind}")
@@ -149,11 +156,12 @@ def _json_list(path) -> Iterator[tuple[str, dict]]:
 
 
 def _parquet(path) -> Iterator[tuple[str, dict]]:
-    n = 0
+    n, head = 0, b""
     try:
-        from pyarrow import parquet
-
         with open_unpacked(path) as file:
+            head = file.peek(4)[:4]
+            from pyarrow import parquet
+
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     n += 1
@@ -161,6 +169,8 @@ def _parquet(path) -> Iterator[tuple[str, dict]]:
     except (InputError, GeneratorExit):
         raise
     except Exception as e:  # pyarrow is missing or the file is broken; its errors have no common class
+        if head != b"PAR1":
+            raise InputError(f"{path}: its name says parquet, and its content is something else") from e
         reason = str(e).partition("\n")[0]
         raise InputError(f"{path}, after row {n}: not readable as parquet: {reason}") from e
 

@@ -20,10 +20,14 @@ from contextlib import suppress
 PEERS = {  # flag: what other programs call it, mainly TRL and verl
     "model": "model_name_or_path path",
     "train": "dataset_name train_files",
-    "eval": "val_files test_files",
+    "eval": "val_files test_files eval_dataset",
+    "data": "dataset tasks",
+    "eval_size": "limit",
+    "retriever": "url retriever_url",
+    "max_doc_tokens": "max_obs_length",
     "output_dir": "default_local_dir",
     "resume": "resume_from_checkpoint resume_mode",
-    "prompts_per_step": "train_batch_size per_device_train_batch_size generation_batch_size",
+    "prompts_per_step": "train_batch_size per_device_train_batch_size generation_batch_size batch_size",
     "num_generations": "n n_agent group_size",
     "max_completion_length": "max_response_length max_new_tokens max_tokens",
     "max_searches": "max_turns",
@@ -79,6 +83,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None):
         values, unknown = self.parse_known_args(args)
+        if unknown and not unknown[0].startswith("-") and "=" not in unknown[0]:
+            self.error(
+                f"{unknown[0]!r} belongs to no flag; a switch takes no value (--resume, --no-closed_book)"
+            )
         if unknown:
             flags = [
                 text[2:] for text in self._option_string_actions if text[:2] == "--" and text != "--help"
@@ -128,5 +136,6 @@ def parse(cls, program: str, argv: list[str] | None = None, **alternatives: dict
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, str):
-            given[name] = re.sub(r"(?:^|(?<=[:,]))~[^,]*", lambda m: os.path.expanduser(m[0]), value)
+            path = r"((?:^|[:,])\s*)(~[^,]*)"
+            given[name] = re.sub(path, lambda m: m[1] + os.path.expanduser(m[2]), value)
     return cls(**given), set(given)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from data import Episode, Question
 from reward import exact_match, parse_episode
-from web import RequestError, last_object, post
+from web import RequestError, post
 
 
 def is_right(episode: Episode) -> bool:
@@ -297,15 +298,21 @@ def judge(question: Question, answer: str, url: str, model: str) -> bool:
         + f"Reference answers: {json.dumps(question.answers + question.answer_texts())}\nAnswer: {answer}"
     )
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
-    head = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '').strip()}"}
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch(r"[ -~]*", key):  # said here, because the error of the library would print the key
+        raise JudgeError("OPENAI_API_KEY holds characters that no key has")
+    address = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     try:
-        reply = post(f"{url.rstrip('/')}/chat/completions", body, timeout=60, headers=head)
+        reply = post(address, body, timeout=60, headers={"Authorization": f"Bearer {key}"})
     except RequestError as error:
         raise JudgeError(str(error)) from error
     try:
-        text = json.loads(reply)["choices"][0]["message"]["content"]
-        verdict = str(last_object(text)["judgement"]).strip().lower()
-        return {"correct": True, "incorrect": False}[verdict]
+        text = json.loads(reply)["choices"][0]["message"]["content"].rpartition("</think>")[2]
+        if "<think>" in text:
+            raise ValueError("the thought was cut off")
+        # The last one counts, since a reply may quote others. A pattern, because models write bad JSON.
+        found = re.findall(r'(?<!\\)"judge?ment"\s*:\s*"\s*(correct|incorrect)\b', text, re.IGNORECASE)
+        return found[-1].lower() == "correct"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         said = " ".join(reply[:10_000].decode(errors="replace").split())
         raise JudgeError(f"no verdict in its reply: {said[:200]}") from error

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -49,12 +49,11 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
             raise ValueError("its weights are quantized (quantization_config), and cannot be trained here")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
-        )
+            name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
         kinds = stored_types(os.path.dirname(cached_file(name, "config.json")))
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError
-    ) as error:  # fmt: skip
+    except Exception as error:  # the libraries raise errors of some twenty classes for what is broken
         kind = "directory" if os.path.isdir(name) else "hub id"
         reason = first_line(error)
         raise InputError(f"{flag} {name}: no model and tokenizer from this {kind}: {reason}") from error
@@ -62,6 +61,8 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
         raise InputError(f"{flag} {name}: {adapter}")
     if other := sorted(kinds - {"F64", "F32", "F16", "BF16"}):  # transformers casts without the scales
         raise InputError(f"{flag} {name}: some of its weights are stored as {other[0]}, and not as floats")
+    if sizes := sorted(map(str, report["mismatched_keys"])):
+        raise InputError(f"{flag} {name}: {len(sizes)} of its weights have another size, {sizes[0]} for one")
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise InputError(f"{flag} {name}: {len(missing)} of its weights are missing, {missing[0]} for one")
     # transformers drops weights for which the model has no place: scales, biases, adapters, further layers
@@ -69,6 +70,8 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
         raise InputError(
             f"{flag} {name}: {len(extra)} of its weights have no place in the model, {extra[0]} for one"
         )
+    if bad := [n for n, p in model.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]:
+        raise InputError(f"{flag} {name}: {len(bad)} of its weights hold NaN or infinity, {bad[0]} for one")
     if not len(tokenizer) or not tokenizer.is_fast:
         raise InputError(f"{flag} {name}: it has no tokenizer.json")
     if not tokenizer.chat_template:
@@ -86,11 +89,16 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
 
 
 def stored_types(folder: str) -> set[str]:
-    """The types of the weights in the safetensors files of a folder, such as {"BF16"}."""
-    kinds = set()
-    for path in Path(folder).glob("model*.safetensors"):
+    """The types of the weights in the files of a folder, such as {"BF16"}."""
+    kinds, paths = set(), list(Path(folder).glob("*.safetensors"))
+    for path in (p for p in paths if not p.name.startswith(("consolidated", "optimizer"))):
         with safe_open(path, "pt") as file:
             kinds |= {file.get_slice(k).get_dtype() for k in file.keys() if k.endswith(".weight")}
+    for path in [] if paths else Path(folder).glob("pytorch_model*.bin"):
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        kinds |= {
+            str(w.dtype) for k, w in state.items() if k.endswith(".weight") and not w.is_floating_point()
+        }
     return kinds
 
 
@@ -119,7 +127,13 @@ def check_prompts(model, tokenizer, template: Template, questions: list[Question
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
+    text = f"no key {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+    first, _, second = text.partition("\n")
+    return (
+        f"{first} {second.partition(chr(10))[0].strip()}"
+        if first.endswith(":") and second
+        else first.rstrip(": ")
+    )
 
 
 @torch.no_grad()

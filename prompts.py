@@ -219,10 +219,10 @@ def clock(text: str) -> str:
     texts = {f"%{c}": day.strftime(f"%{c}") for c in "aAbBcdDeFfGgHhIjklMmnpPrRSTtUuVWwXxYyZz"}
     texts |= {f"%-{c[1]}": text.lstrip("0") or "0" for c, text in texts.items() if text.isdecimal()}
     return (
-        "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}"
+        "{% macro strftime_now(format) %}{% set ns = namespace(text=format.replace('%%', '\x01')) %}"
         f"{{% for code, text in {texts}.items() %}}"
         "{% set ns.text = ns.text.replace(code, text) %}{% endfor %}"
-        "{{ ns.text.replace('%%', '%') }}{% endmacro %}\n"
+        "{{ ns.text.replace('\x01', '%') }}{% endmacro %}\n"
     )
 
 

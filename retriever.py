@@ -59,8 +59,8 @@ def tokenize(text: str) -> list[str]:
         return re.findall(r"\w+", text.lower())
     composed = VARIATION.sub("", unicodedata.normalize("NFKC", text))
     visible = "".join(c for c in composed if unicodedata.category(c) != "Cf")
-    folded = unicodedata.normalize("NFKC", visible.casefold())
-    return WORD.findall(folded.replace("i\u0307", "i"))  # the small form of the Turkish capital I with a dot
+    # i with a dot above is the small form of the Turkish capital I with a dot
+    return WORD.findall(unicodedata.normalize("NFKC", visible.casefold().replace("i\u0307", "i")))
 
 
 def _doc(row) -> Doc:
@@ -74,7 +74,8 @@ def _doc(row) -> Doc:
     title = str(title) if isinstance(title, (int, float)) else title
     if isinstance(contents, str) and not (isinstance(title, str) and title.strip() and isinstance(text, str)):
         first, line_break, rest = contents.partition("\n")
-        heading = re.sub(r'^\s*"(.*)"\s*$', r"\1", first)
+        inner = ".*" if line_break else '[^"]*'  # without a line break '"A" and "B"' is a text
+        heading = re.sub(rf'^\s*"({inner})"\s*$', r"\1", first).removesuffix("\r")
         if not (isinstance(title, str) and title.strip()):
             title = heading if line_break or heading != first else ""
         text = rest if title.strip() == heading.strip() else contents

@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,10 +82,15 @@ def normalise(text: str, blanks: bool = False) -> str:
 
 
 # What may surround the letter of an option: marks, LaTeX such as \boxed{ and \text{, and a few words.
-_MARKS = r"[\s()\[\]{}<>*_`$#\"'“”‘’]|\\[a-zA-Z]+\{"
-_WORDS = r"(?:the|my|correct|right|best|final|answer|ans|option|choice|letter|so|it['’]s|it|is)\b[.:,!]?"
-_LETTER = re.compile(rf"(?:{_MARKS}|{_WORDS})*([A-Z])(?![^\W_]|['’])(.*)", re.IGNORECASE | re.DOTALL)
-_AROUND = re.compile(rf"(?:{_MARKS}|{_WORDS}|[.:,!])*", re.IGNORECASE)
+_MARKS = r"[\s()\[\]{}<>*_`$#\"'“”‘’«»「」【】（）|•;：。-]|\\[()\[\]]|\\(?:boxed|text|math|bf)[a-z]*\{"
+_WORDS = (
+    r"(?:the|my|correct|right|best|final|answer|ans|option|choice|letter|so|therefore|thus|hence|it['’]s|it|is)"
+    r"\b[.:,!]?"
+)
+_BEFORE = re.compile(rf"(?:{_MARKS}|{_WORDS})*", re.IGNORECASE)
+_LETTER = re.compile(rf"{_BEFORE.pattern}([A-Z])(?![^\W_]|['’]\w)(.*)", re.IGNORECASE | re.DOTALL)
+_AFTER = re.compile(rf"(?:{_MARKS}|{_WORDS}|[.:,!])*", re.IGNORECASE)
+_WIDE = {0xFF21 + 32 * case + i: 65 + 32 * case + i for case in range(2) for i in range(26)}  # Ｂ -> B
 
 
 def letter(text: str, choices: list[str]) -> str | None:
@@ -92,29 +98,44 @@ def letter(text: str, choices: list[str]) -> str | None:
     "Paris" -> "B". None if it names no option, or two.
 
     A letter is compared as a letter, because `normalise` would delete "A" as an article. An option that
-    matches exactly takes precedence over one that matches after `normalise`, which makes "-1" equal to
-    "1"."""
+    matches exactly takes precedence over one that matches after `normalise`, and numbers have to be equal,
+    because `normalise` makes "-1" and ".1" equal to "1"."""
     options = [(chr(65 + i), choice) for i, choice in enumerate(choices)]
 
-    def matching(text: str, form: Callable) -> list[str]:
-        return [name for name, choice in options if form(choice) == form(text)]
+    def exact(text: str) -> list[str]:
+        return [name for name, choice in options if choice.strip() == text.strip()]
 
-    exact, loose = matching(text, str.strip), matching(text, normalise)
+    def loose(text: str) -> list[str]:
+        form, value = normalise(text), number(text)
+        return [name for name, choice in options if normalise(choice) == form and number(choice) == value]
+
+    def bare(text: str) -> str:
+        return text[_BEFORE.match(text).end() :].rstrip(" \n)]}*_`$\"'.")
+
+    if not text.strip():
+        return None
+    names = exact(text) or loose(text)
+    if len(text.strip()) > 1 and exact(text):
+        return names[0] if len(names) == 1 else None
+    text = "".join(c for c in text.translate(_WIDE) if unicodedata.category(c) != "Cf")
     found = _LETTER.fullmatch(text)
-    if found and found[1].upper() in dict(options) and not (exact and len(text.strip()) > 1):
+    if found and found[1].upper() in dict(options):
         named, rest = found[1].upper(), found[2]
-        if _AROUND.fullmatch(rest):
+        if _AFTER.fullmatch(rest):
             return named
-        mark = re.match(r"[\s)\]}*_`\"']*[.:,)\]\-–—]?", rest)[0]  # what separates the letter from its option
+        mark = re.match(r"[\s)\]}*_`\"']*[.:,)\]\-–—：]?", rest)[
+            0
+        ]  # what separates the letter from its option
         option = rest[len(mark) :].strip(" \n*_`()[]\"'")
         # "B -1": the hyphen may belong to the option, so both readings are tried
-        names = matching(rest, str.strip) or matching(option, str.strip) or matching(option, normalise)
-        if named in names:
+        if named in (exact(rest) or exact(option) or loose(option) or loose(bare(option))):
             return named
         if mark.strip():
-            loose = []  # "A. Paris" where Paris is B names none; `normalise` would drop the "A" as an article
-    names = exact or loose
-    return names[0] if len(names) == 1 and text.strip() else None
+            return None  # "A. Paris" where Paris is B; `normalise` would drop the "A" as an article
+    inner = bare(text)
+    if not names and number(inner) == number(text):  # "The answer is Paris"; the hyphen of -5 is no mark
+        names = exact(inner) or loose(inner)
+    return names[0] if len(names) == 1 else None
 
 
 def exact_match(text: str | None, question: Question) -> float:

@@ -125,6 +125,8 @@ def place(config: Config, given: set[str]) -> Config:
     if not config.model and "output_dir" not in given:
         name = "" if config.method == "sem" else f"-{config.method}"
         config = replace(config, output_dir=TOY["output_dir"] + name)
+    if not config.output_dir.strip():
+        raise InputError("--output_dir: it is empty")
     out = Path(config.output_dir)
     if config.resume and not (out / "run.json").exists():
         raise InputError(f"--resume: there is no run in {out} ({out / 'run.json'} is missing)")
@@ -149,6 +151,8 @@ def resolve(config: Config, given: set[str]) -> Config:
         raise InputError(f"{out} holds a run: --resume continues it, another --output_dir starts one")
     if config.model and out.resolve() == Path(config.model).resolve():
         raise InputError(f"--output_dir {out}: that is --model, which would be overwritten")
+    if checkpoints(out) or (out / "config.json").exists():  # old checkpoints would be removed
+        raise InputError(f"--output_dir {out}: it holds a model or checkpoints of something else")
     config = replace(check(config), date=config.date or today)
     return with_toy_world(config) if toy_run else config
 
@@ -164,6 +168,7 @@ def resume_config(config: Config, given: set[str], out: Path) -> Config:
         "resume output_dir max_steps save_steps save_total_limit log_completions retriever".split()
     )
     changeable |= set("rollout_slots micro_batch_tokens gradient_checkpointing cuda_graphs".split())
+    changeable |= set() if before.date else {"date"}
     if before.method in METHODS and METHODS[before.method].simulated:
         changeable -= {"max_steps"}  # the share of noise depends on it
     if wrong := [n for n in sorted(given - changeable) if getattr(config, n) != getattr(before, n)]:
@@ -401,7 +406,7 @@ class Run:
         because the reason will probably stay, and then nothing would be kept."""
         final = self.out / f"checkpoint-{self.step}"
         temporary = self.out / f"checkpoint-{self.step}.tmp"
-        if final.exists() or self.step == 0:
+        if (final / "trainer_state.json").exists() or self.step == 0:
             return
         if Signals.installed:
             Signals.installed.writing = True

@@ -48,7 +48,10 @@ def check_url(url: str, flag: str) -> str:
 
 def is_this_machine(host: str) -> bool:
     """Whether a host name or a numeric address is one of this machine. No name is looked up."""
-    if host in ("localhost", "::1", socket.gethostname().lower()) or host.endswith(".localhost"):
+    host = host.removesuffix(".")
+    if host in ("localhost", "ip6-localhost", "::1", socket.gethostname().lower()) or host.endswith(
+        ".localhost"
+    ):
         return True
     try:  # only an address of this machine can be bound to
         kind, _, _, _, address = socket.getaddrinfo(
@@ -109,19 +112,3 @@ def _message(error: urllib.error.HTTPError) -> str:
         text = re.sub(r"<[^>]*>", " ", text)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return f": {text[:300]}" if text else ""
-
-
-def last_object(text: str) -> dict:
-    """The last JSON object in a text: a verdict may follow a thought that holds JSON too. Only the last
-    20,000 characters are read. Raises ValueError if there is none."""
-    text = text[-20_000:]
-    found, at = None, text.find("{")
-    while at >= 0:
-        try:
-            found, end = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = at + 1
-        at = text.find("{", end)
-    if found is None:
-        raise ValueError("no JSON object")
-    return found

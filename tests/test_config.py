@@ -267,6 +267,7 @@ def test_what_stops_a_program_outside_of_training_is_one_line(
         ("--num_train_epochs", "max_steps"),
         ("--resume_from_checkpoint", "resume"),
         ("--kl_coef=0.1", "beta"),
+        ("retriever.url=http://h", "retriever"),
         ("actor_rollout_ref.rollout.n=5", "num_generations"),
         ("actor_rollout_ref.actor.optim.lr=1e-6", "learning_rate"),
         ("data.train_files=a.parquet", "train"),
@@ -283,6 +284,12 @@ def test_an_unknown_flag_names_the_nearest_one(capsys, word, nearest):
     assert f"unknown flag {word}; the nearest one is --{nearest}" in err
 
 
+def test_a_switch_takes_no_value(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, "grpo.py", ["--bf16", "true"])
+    assert "'true' belongs to no flag; a switch takes no value" in capsys.readouterr().err
+
+
 def test_a_program_without_flags_has_no_nearest_one(capsys):
     with pytest.raises(SystemExit):
         Parser(prog="p").parse_args(["--zzz"])
@@ -290,7 +297,7 @@ def test_a_program_without_flags_has_no_nearest_one(capsys):
 
 
 def test_the_names_of_other_programs_are_those_of_flags():
-    assert set(PEERS) <= {field.name for field in fields(Config)}
+    assert set(PEERS) <= {field.name for c in (Config, evaluate.Config) for field in fields(c)}
     words = " ".join(PEERS.values()).split()
     assert len(set(words)) == len(words) and not set(words) & {field.name for field in fields(Config)}
 
@@ -300,7 +307,7 @@ def test_the_names_of_other_programs_are_those_of_flags():
     [
         ("~/x", "/home/me/x"),
         ("~", "/home/me"),
-        ("musique:~/data,~/x.jsonl,mmlu", "musique:/home/me/data,/home/me/x.jsonl,mmlu"),
+        ("musique:~/data, ~/x.jsonl,mmlu", "musique:/home/me/data, /home/me/x.jsonl,mmlu"),
         ("out/~x", "out/~x"),
         ("http://host/~me", "http://host/~me"),
         ("~nobody-of-this-name/x", "~nobody-of-this-name/x"),

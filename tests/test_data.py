@@ -237,7 +237,7 @@ MISTAKES = [  # name of the set, file, content, what follows the file's path in 
     ("gsm8k", "a.jsonl", GSM8K | {"answer": 1200}, ":1: a value has the wrong type"),
     ("hotpotqa", "a.json", '[\n{"_id": 1},\n]', ":3: not JSON:"),
     ("hotpotqa", "a.json", b'[\n{"_id": "\xff"}]', ":2: not UTF-8"),
-    ("hotpotqa", "a.json", json.dumps(HOTPOT), ": it is JSONL (one JSON object in each line)"),
+    ("hotpotqa", "a.json", json.dumps(HOTPOT), ": it is one JSON object, or JSONL"),
     ("hotpotqa", "a.json", json.dumps([HOTPOT, 1]), ", row 2: a row is a JSON object"),
     ("hotpotqa", "a.json", json.dumps([HOTPOT, {"_id": "1", "question": "x"}]), ", row 2: no key 'answer'"),
     ("mmlu", "a.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", ":2: 5 columns instead of 6"),
@@ -428,7 +428,7 @@ def test_hub_parquet_mistakes(hub, parquet):
     write(path, row | {"answer": [0]})
     assert mistake("mmlu", "dev").startswith(f"{path}, row 1: a value has the wrong type")
     write(path)
-    assert mistake("mmlu", "dev") == f"{path}, after row 0: not readable as parquet: no magic bytes"
+    assert mistake("mmlu", "dev") == f"{path}: its name says parquet, and its content is something else"
 
 
 def test_parquet_without_pyarrow(hub, monkeypatch, tmp_path):
@@ -439,6 +439,8 @@ def test_parquet_without_pyarrow(hub, monkeypatch, tmp_path):
     assert "the official JSON file: hotpotqa:PATH" in mistake("hotpotqa", function=paragraphs)
     assert not hub.downloads  # the error comes before the download
     path = write(tmp_path / "a.parquet", "x")
+    assert mistake(f"mmlu:{path}") == f"{path}: its name says parquet, and its content is something else"
+    path.write_bytes(b"PAR1....")
     assert mistake(f"mmlu:{path}").startswith(f"{path}, after row 0: not readable as parquet: ")
 
 

@@ -180,3 +180,30 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert (tmp_path / "run.json").read_text() == "old"
     disk.replace_bytes(tmp_path / "run.json", b"new")
     assert (tmp_path / "run.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", ["partial", "longrope"])
+def test_the_names_of_the_rotary_embedding_of_phi(world, model, tmp_path, kind):
+    """Both were tried in transformers 4.57.3, with equal logits."""
+    from transformers import AutoTokenizer
+
+    rope = {"rope_theta": 9000.0, "partial_rotary_factor": 0.75, "rope_type": "default"}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    if kind == "longrope":
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": 32, **factors}
+    model.config.rope_parameters = rope
+    write_model(model, AutoTokenizer.from_pretrained(world["model"]), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["rope_theta"] == 9000.0 and config["partial_rotary_factor"] == 0.75
+    assert config["rope_parameters"] == rope
+    if kind == "longrope":
+        assert config["rope_scaling"] == {"type": "longrope", **factors}
+        assert config["original_max_position_embeddings"] == 32
+
+
+def test_an_error_of_the_tokenizers_library_is_an_error_of_the_disk(world, model, tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "saved" / "tokenizer.json").mkdir(parents=True)
+    with pytest.raises(OSError, match="os error"):
+        write_model(model, AutoTokenizer.from_pretrained(world["model"]), tmp_path / "saved")

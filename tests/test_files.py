@@ -95,7 +95,12 @@ FOREIGN = {  # name of the file, content, what the message says
     "SQLite": ("a.jsonl", b"SQLite format 3\0", "it is an SQLite database"),
     "pickle": ("a.jsonl", b"\x80\x04\x95\x00\x00\x00", "UTF-16 or binary"),
     "JSONL named .json": ("a.json", LINES + LINES, "it is JSONL"),
-    "one row of JSONL named .json": ("a.json", LINES, "it is JSONL"),
+    "one row of JSONL named .json": ("a.json", LINES, "or JSONL with one row"),
+    "a table in one line": ("a.json", b'{"data": []}', "it is one JSON object"),
+    "JSONL named .parquet": ("a.parquet", LINES, "its name says parquet"),
+    "a pointer to parquet": ("a.parquet", b"version https://git-lfs.github.com\n", "pointer of git LFS"),
+    "a web page after a blank line": ("a.jsonl", b"\n <html>", "it is an HTML page"),
+    "a list after a blank line": ("a.jsonl", b"\n[{}]", "it is a JSON list"),
     "an object": ("a.json", b'{\n "data": []\n}', "it is a JSON object, not a JSON list"),
     "a list named .jsonl": ("a.jsonl", json.dumps([ROW]).encode(), "it is a JSON list, not JSONL"),
     "a long list named .jsonl": ("a.jsonl", json.dumps([ROW], indent=1).encode(), "it is a JSON list"),
@@ -110,7 +115,7 @@ FOREIGN = {  # name of the file, content, what the message says
 def test_a_file_is_named_for_what_it_is(tmp_path, case):
     name, content, reason = FOREIGN[case]
     (tmp_path / name).write_bytes(content)
-    for read in (rows, load_corpus) if not name.endswith((".csv", ".json")) else (rows,):
+    for read in (rows, load_corpus) if not name.endswith((".csv", ".json", ".parquet")) else (rows,):
         with pytest.raises(InputError) as error:
             list(read(tmp_path / name))
         message = str(error.value)

@@ -475,6 +475,11 @@ WRONG = '{"rationale": "no", "judgement": "incorrect"}'
         (f"<think>Is it {WRONG}? No: {{x}}.</think>\n{RIGHT}", True),
         (f"<think>{RIGHT}</think>{{not JSON}} {WRONG} I am sure.", False),
         ('{"judgement": "correct", "scores": {"a": 1}}', True),
+        ('{"judgement": "Incorrect."} {}', False),
+        ('{"rationale": "a\nb \\\\( c", "judgement": "correct",}', True),  # line breaks and LaTeX are no JSON
+        ('{"rationale": "it says \\"judgement\\": \\"correct\\"", "judgement": "incorrect"}', False),
+        ('{"steps": [{"judgement": "correct"}], "judgement": "incorrect"}', False),
+        (f"<think>{RIGHT} or not", "no verdict"),
         ("correct", "no verdict in its reply: .*correct"),
         ('{"judgement": "maybe"}', "no verdict in its reply: .*maybe"),
         ('{"judgement": ["correct"]}', "no verdict"),

@@ -6,6 +6,7 @@ directories in which something is missing.)
 
 import builtins
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -72,6 +73,31 @@ def foreign_tokenizer(folder):
     (folder / "code.py").write_text(f"open({str(folder / 'it-ran')!r}, 'w')\nclass T: pass\n")
 
 
+def in_a_pickle(change):
+    """The weights as older checkpoints hold them."""
+
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+
+    return edit
+
+
+def int8(tensors):
+    tensors[f"{UP}.weight"] = (tensors[f"{UP}.weight"] * 100).to(torch.int8)
+
+
+def pointer(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def set_to(name, value):
+    return weights(lambda w: w[name].view(-1)[0].fill_(value))
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 REFUSED = {
@@ -82,6 +108,15 @@ REFUSED = {
     "quantized, a method without a name": (change(quantization_config={"bits": 4}), "quantized"),
     "int8 without a word about it": (stored_as(torch.int8), "stored as I8"),
     "fp8 without a word about it": (stored_as(torch.float8_e4m3fn), "stored as F8_E4M3"),
+    "int8 in a pickle": (in_a_pickle(int8), "stored as torch.int8"),
+    "a pointer to a pickle": (pointer, "no model and tokenizer from this directory"),
+    "NaN": (set_to(f"{UP}.weight", math.nan), f"1 of its weights hold NaN or infinity, {UP}.weight"),
+    "infinity in the head": (set_to("lm_head.weight", math.inf), "lm_head.weight for one"),
+    "weights of another size": (change(intermediate_size=65), "have another size"),
+    "a text for a number": (change(hidden_size="16"), "no model and tokenizer from this directory"),
+    "an end token in words": (change(eos_token_id="</s>"), "eos_token_id"),
+    "an unknown activation": (change(hidden_act="zzz"), "zzz"),
+    "no heads": (change(num_attention_heads=0), "no model and tokenizer from this directory"),
     "scales of a quantization": (added(f"{UP}.weight_scale_inv"), "1 of its weights have no place"),
     "an adapter inside": (added(f"{UP}.lora_A.default.weight"), "no place in the model"),
     "a bias that the config denies": (added(f"{UP}.bias"), f"{UP}.bias for one"),

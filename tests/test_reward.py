@@ -1327,21 +1327,27 @@ def test_any_reward_is_finite_and_a_function_of_episode_question_and_group(entry
 # numbers and letters as models write them
 
 NUMBERS = {  # the value, and texts that mean it; None: a text that is not one number
-    "9500": r"$9{,}500 | 9,500 | $9,500.00 | 9500.0 | \$9\,500 | 9,500 dollars | \boxed{9{,}500} | $9500$"
-    r" | ９５００ | 9.5e3 | USD: 9,500 | = 9,500. | **9,500** | \text{}9500 | +9500 | Rs.9500 | 9500kg",
-    "-9500": r"-9,500 | −9500 | –9500 | -$9,500 | $-9500 | (-9500) | x = -9500 | \boxed{-9500} | -\$9500",
-    "3/4": r"3/4 | 0.75 | .75 | 0.750 | \frac{3}{4} | \dfrac34 | $\frac{3}{4}$ | 3 / 4",
-    "5/2": r"2.5 | 2 1/2 | 2\frac{1}{2} | 5/2 | 2.50%",
-    "-3/4": r"-0.75 | -\frac{3}{4} | −3/4",
-    "5": r"x-5 | f(x)-5 | CO2: 5 | 5% | Answer - 5 | - 5 | 5+ | 5th",
-    None: r"3-5 | 3 - 5 | 9,50 | 1,2,3 | 1234,567 | 0,123 | 12,34,567 | 1,2345 | V1004 | 5x10 | 10^3"
-    r" | 3/4/2020 | 1/0 | 9 500 | 3:30 | five | 1.2.3",
+    "9500": r"""$9{,}500 | 9,500 | $9,500.00 | 9500.0 | \$9\,500 | 9,500 dollars | \boxed{9{,}500} | $9500$
+    | ９５００ | 9.5e3 | USD: 9,500 | = 9,500. | **9,500** | \text{}9500 | +9500 | Rs.9500 | 9500kg""",
+    "-9500": r"""‑9500 | ﹣9500 | minus 9,500 | negative $9,500 | -9,500 | −9500 | –9500 | -$9,500 | $-9500
+    | (-9500) | x = -9500 | \boxed{-9500} | -\$9500""",
+    "3/4": r"""¾ | 3⁄4 | \cfrac{3}{4} | 3/4 | 0.75 | .75 | 0.750 | \frac{3}{4} | \dfrac34 | $\frac{3}{4}$
+    | 3 / 4""",
+    "5/2": r"""2½ | 2 ½ | 2.5 | 2 1/2 | 2\frac{1}{2} | 5/2 | 2.50%""",
+    "-3/4": r"""-0.75 | -\frac{3}{4} | −3/4""",
+    "5": r"""x-5 | f(x)-5 | CO2: 5 | 5% | Answer - 5 | - 5 | 5+ | 5th""",
+    "100": r"""100 m^2 | 100 m² | 100\text{ cm}^2 | 100 sq. ft | 100!""",
+    "5000": r"""5，000 | 5~000 | 5\ 000""",
+    None: r"""10² | 10³ | 2⁻¹ | \sqrt{16} | √16 | 5k | $1.2M | 5 million | 18 hundred | ±5 | 3-5 | 3 - 5
+    | 9,50 | 1,2,3 | 1234,567 | 0,123 | 12,34,567 | 1,2345 | V1004 | 5x10 | 10^3 | 3/4/2020 | 1/0
+    | 9 500 | 3:30 | five | 1.2.3""",
 }
+BLANKS = {"5000": ["5\u00a0000", "5\u202f000", "5\u2009000"]}  # between groups of three
 
 
 @pytest.mark.parametrize("value", NUMBERS)
 def test_numbers(value):
-    for text in NUMBERS[value].split(" | "):
+    for text in [*map(str.strip, NUMBERS[value].split(" | ")), *BLANKS.get(value, ())]:
         assert number(text) == (None if value is None else Fraction(value)), text
         if value is not None:
             for answer in (value, text):
@@ -1367,16 +1373,18 @@ def test_a_gold_number_comes_from_any_loader(tmp_path):
 
 CITIES = ["Oslo", "Paris", "Rome", "Lima"]
 NAMED = {
-    "B": r"""B | b | (B) | [B] | {B} | **B** | *B* | `B` | "B" | B. | B) | (b). | **B.** | $B$ | \boxed{B}
-    | \text{B} | _B_ | Answer: B | The answer is B. | the correct answer is (B) | Option B | option b)
+    "B": r"""\(B\) | \[B\] | 'B' | ‘B’ | 「B」 | （B） | 【B】 | «B» | Ｂ | B。 | B; | - B | • B
+    | Therefore, the answer is B | Thus B | Answer - B | Answer: Paris | The answer is Paris
+    | \boxed{Paris} | \text{Paris} | \boxed{\text{Paris}} | B: \text{Paris} | B | b | (B) | [B]
+    | {B} | **B** | *B* | `B` | "B" | B. | B) | (b). | **B.** | $B$ | \boxed{B} | \text{B} | _B_
+    | Answer: B | The answer is B. | the correct answer is (B) | Option B | option b)
     | **Answer:** B | It's B | So B | B is correct. | B is the right answer | B - Paris | B – Paris
-    | B — Paris | B: Paris | B) Paris | (B) Paris | B, Paris | [B] Paris | **B. Paris** | **B.** Paris
-    | B. paris! | B Paris | B (Paris) | B.Paris | B/Paris | ### B | The answer is B: Paris | Paris
-    | **Paris** | the Paris | A Paris""",
-    None: r"""B/C | B or C | B and C | A, B | B & C | not B | ~B | B is wrong | B because it is large
-    | B - Rome
-    | A. Paris | A - Paris | E | AB | B2 | B's | an answer | I think | B/Rome | B+C | BB | none | B?C
-    | a dog""",
+    | B — Paris | B: Paris | B) Paris | (B) Paris | B, Paris | [B] Paris | **B. Paris**
+    | **B.** Paris | B. paris! | B Paris | B (Paris) | B.Paris | B/Paris | ### B
+    | The answer is B: Paris | Paris | **Paris** | the Paris | A Paris""",
+    None: r"""\cancel{B} | \sout{B} | B-C | the answer is Berlin | B/C | B or C | B and C | A, B | B & C
+    | not B | ~B | B is wrong | B because it is large | B - Rome | A. Paris | A - Paris | E | AB
+    | B2 | B's | an answer | I think | B/Rome | B+C | BB | none | B?C | a dog""",
 }
 
 
@@ -1398,6 +1406,16 @@ def test_letters_with_marks_and_words_around_them(named):
         ("Option A", ["x", "y", "Option A", "z"], "C"),
         ("B", ["B", "A", "C", "D"], "B"),
         ("the answer is A", ["a cat", "b"], "A"),
+        ("B\u200b", CITIES, "B"),
+        ("\u00ad", ["the", "\u00ad"], "B"),
+        ("The answer is -5", ["5", "6"], None),
+        (".5", ["5", "6"], None),
+        ("1/2", ["12", "3"], None),
+        ("10^2", ["102", "3"], None),
+        ("-5", ["5", "6"], None),
+        ("$6$", ["5", "6"], "B"),
+        ("20%", ["20", "30"], "A"),
+        ("x²", ["x2", "x²"], "B"),
         ("A cat", ["a cat", "b"], "A"),
         ("B) f(x)", ["x", "f(x)"], "B"),
         ("B", ["only one"], None),

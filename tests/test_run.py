@@ -878,3 +878,44 @@ def test_a_transcript_is_about_one_episode(world):
     ]
     run.config = replace(run.config, log_completions=9)
     assert [row["id"] for row in run.transcripts(episodes, parts, [0.0] * 5)] == list("01234")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# directories that hold something else
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/trainer_state.json", "config.json"])
+def test_the_model_of_somebody_else_is_left_alone(world, name):
+    """The checkpoints of another program would be the oldest or the newest of this run."""
+    path = Path(world["output_dir"]) / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(InputError, match="holds a model or checkpoints of something else"):
+        run_main(world)
+    assert [p for p in Path(world["output_dir"]).rglob("*") if p.is_file()] == [path]
+
+
+def test_a_name_that_is_taken_is_no_checkpoint(world, lively, capsys):
+    assert run_main(world | {"max_steps": "2"}) == 0
+    (Path(world["output_dir"]) / "checkpoint-4").write_text("")
+    with pytest.raises(InputError, match="checkpoint-4 was not written, so the run stops"):
+        run_main({"output_dir": world["output_dir"], "max_steps": "4"}, "--resume")
+
+
+@pytest.mark.parametrize(
+    "place, reason", [("", "--output_dir: it is empty"), ("o\udcff", "its name is not UTF-8")]
+)
+def test_names_that_are_no_directory(world, place, reason):
+    with pytest.raises(InputError, match=reason):
+        run_main(world | {"output_dir": place})
+
+
+def test_a_data_set_whose_name_is_not_utf8(world, lively, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    shutil.copy(tmp_path / "known.jsonl", path)
+    assert run_main(world | {"train": path, "max_steps": "1"}) == 0
+    [metrics] = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert "em/caf\\xe9" in metrics
+    assert {row["source"] for row in timeless(Path(world["output_dir"]) / "transcripts.jsonl")} == {
+        "caf\\xe9"
+    }
