@@ -60,8 +60,8 @@ def lock(folder: str):
 
 
 def append_rows(path: Path, rows: list[dict]):
-    """Appends rows to a log. A half-written row at the end of the file, of a crash or a full disk, is removed
-    first. Raises OSError; then the file is as long as before, if that can be achieved."""
+    """Appends rows to a log. A half-written row at the end of the file, which a crash or a full disk has left,
+    is removed first. Raises OSError."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with open(path, "ab+") as file:
         size = file.seek(0, os.SEEK_END)
@@ -73,15 +73,8 @@ def append_rows(path: Path, rows: list[dict]):
             if at >= 0:
                 break
         file.truncate(size)
-        try:
-            file.write(
-                text.encode(errors="backslashreplace")
-            )  # half a surrogate pair becomes its JSON escape
-            file.flush()
-        except OSError:
-            with suppress(OSError):
-                os.truncate(path, size)
-            raise
+        # half a surrogate pair becomes its JSON escape
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict]]:

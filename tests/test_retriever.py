@@ -708,6 +708,7 @@ TITLES = {  # row: title and text of the document
         {"title": "P", "text": "A city.", "contents": "P\nA city."},
         ("P", "A city."),
     ),
+    "a text of its own too": ({"title": "P", "text": "A city.", "contents": "P A city."}, ("P", "A city.")),
     "a number": ({"title": 1984, "contents": "A novel."}, ("1984", "A novel.")),
     "an empty title": ({"title": " ", "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
     "no title": ({"title": None, "contents": '"Paris"\nA city.'}, ("Paris", "A city.")),
