@@ -60,8 +60,8 @@ def lock(folder: str):
 
 
 def append_rows(path: Path, rows: list[dict]):
-    """Appends rows to a log. A half-written row at the end of the file, which a crash or a full disk has left,
-    is removed first. Raises OSError."""
+    """Appends rows to a log. A half-written row at its end, which a crash or a full disk has left, is removed
+    first. Raises OSError."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with open(path, "ab+") as file:
         size = file.seek(0, os.SEEK_END)
