@@ -51,7 +51,7 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
         )
-        kinds = stored_types(os.path.dirname(cached_file(name, "config.json")))
+        kinds = stored_types(name)
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError
     ) as error:  # fmt: skip
@@ -85,10 +85,10 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     return model.to(device), tokenizer
 
 
-def stored_types(folder: str) -> set[str]:
-    """The types of the weights in the safetensors files of a folder, such as {"BF16"}."""
+def stored_types(name: str) -> set[str]:
+    """The types of the weights in the safetensors files of a hub id or a directory, such as {"BF16"}."""
     kinds = set()
-    for path in Path(folder).glob("model*.safetensors"):
+    for path in Path(cached_file(name, "config.json")).parent.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             kinds |= {file.get_slice(k).get_dtype() for k in file.keys() if k.endswith(".weight")}
     return kinds
