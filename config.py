@@ -64,16 +64,17 @@ class Config:
     num_iterations: int = 1  # optimizer steps on one batch of episodes (ReSearch: mini-batch = batch, so 1)
     # optimizer
     max_steps: int = 200  # training steps (SEM)
-    learning_rate: float = 1e-6  # of AdamW on fp32 weights; it is too small to move bf16 weights (ReSearch)
+    learning_rate: float = 1e-6  # of AdamW; steps far below the precision of bf16, see optim.py (ReSearch)
     warmup_steps: int = 10  # linear warm-up, then constant (our choice)
     weight_decay: float = 0.01  # of AdamW; at a learning rate of 1e-6 it is lost in rounding (verl's value)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (verl, ReSearch's framework)
     micro_batch_tokens: int = 0  # padded tokens of one pass; 0: what fits, computed once (our choice)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    bf16: bool | None = None  # bf16 autocast, and sampling from a bf16 copy; none: yes on a GPU, no on a CPU
+    bf16: bool | None = None  # a bf16 model, see optim.py; none: yes on a GPU, no on a CPU
     # files
     save_steps: int = 25  # steps between two checkpoints
     save_total_limit: int = 2  # checkpoints kept; an older one is removed once a newer one is complete
+    save_fp32: bool = False  # with bf16: the final weights are in fp32, with their lower halves
     log_completions: int = 4  # episodes of each step that are written to transcripts.jsonl
 
     def budget(self) -> dict[str, int]:

@@ -125,13 +125,13 @@ def flush_names(folder: Path):
         os.close(handle)
 
 
-def write_model(model, tokenizer, folder: Path):
-    """Writes a Hugging Face directory that transformers 4 (from 4.56) and 5 read alike. Raises OSError and
-    SafetensorError.
+def write_model(model, tokenizer, folder: Path, full: dict | None = None):
+    """Writes a Hugging Face directory that transformers 4 (from 4.56) and 5 read alike, with the fp32 weights
+    `full` if they are given, in place of the model's. Raises OSError and SafetensorError.
 
     transformers 5 writes names that version 4 does not know. It would refuse the tokenizer, and it would read
     the model with another base of the rotary embedding, without a warning. So both names are written."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=full)
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
@@ -158,4 +158,6 @@ def write_model(model, tokenizer, folder: Path):
             settings["rope_scaling"] = {"type": "longrope", **factors}
         elif rope.get("rope_type", "default") != "default":
             settings["rope_scaling"] = rope
+    if full:
+        settings["dtype"] = "float32"
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

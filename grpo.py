@@ -29,6 +29,7 @@ from config import LOSS_TYPES, TOY, Config, fail, parse
 from data import Episode, InputError, mix
 from disk import lock
 from measures import step_metrics
+from optim import clip_factor
 from rollout import rollout, split_by_tokens
 from run import Run, SaveError, Signals, hold_signals, place, resolve
 from simulator import noise_share
@@ -43,8 +44,8 @@ from simulator import noise_share
 # term pulls the policy towards the start model.
 #
 # The value of the loss says little. In the first pass over a batch p_now = p_old, so every ratio is 1, and
-# the loss is -sum_i sum_t scale_it A_i plus beta times the KL. In the first step of a run the KL is 0, but
-# for the rounding of a reference in bf16. With loss_type grpo every episode has the same total weight, and
+# the loss is -sum_i sum_t scale_it A_i plus beta times the KL. In the first step of a run the KL is 0.
+# With loss_type grpo every episode has the same total weight, and
 # the advantages of a group sum to 0, so the first sum is 0. With dapo and dr_grpo a long episode weighs more
 # than a short one, so it is not 0. In all three cases the gradient trains the policy: at each token it is -A
 # times the gradient of log p_now (times its scale), and these gradients do not cancel.
@@ -131,14 +132,12 @@ def make_batches(episodes: list[Episode], advantage: list[float], config: Config
     return batches
 
 
-def hidden_states(model, batch: Batch, bf16: bool | None) -> torch.Tensor:
+def hidden_states(model, batch: Batch) -> torch.Tensor:
     """[N, H]: the hidden states at the loss positions. Only these predict a loss token, so the head is
     applied to them alone. kernels/ does that in chunks, because the logits of all tokens of a batch would be
     its largest tensor: 8,192 tokens with 151,936 logits in fp32 are 5 GB."""
-    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bool(bf16)):
-        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [rows, width, H]
-    hidden = hidden[batch.row, batch.position]
-    return hidden.bfloat16() if bf16 else hidden
+    hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [rows, width, H]
+    return hidden[batch.row, batch.position]
 
 
 def policy_loss(model, batch: Batch, config: Config, vocab_size: int) -> tuple[torch.Tensor, dict]:
@@ -148,18 +147,18 @@ def policy_loss(model, batch: Batch, config: Config, vocab_size: int) -> tuple[t
         loss = sum_i sum_t scale_it (surrogate_it + beta kl_it)               GRPO, arXiv 2402.03300, eq. 3, 4
 
     The surrogate, the KL and their gradient are in kernels/, with the formulas in kernels/reference.py."""
-    hidden = hidden_states(model, batch, config.bf16)
+    hidden, head = hidden_states(model, batch), model.get_output_embeddings().weight
     return kernels.grpo_loss(
-        hidden, model.get_output_embeddings().weight, batch.target, batch.old_logps, batch.ref_logps,
-        batch.advantage, batch.scale, epsilon=config.epsilon, epsilon_high=config.epsilon_high,
-        beta=config.beta, temperature=config.temperature, vocab_size=vocab_size,
+        hidden, head, batch.target, batch.old_logps, batch.ref_logps, batch.advantage, batch.scale,
+        epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta,
+        temperature=config.temperature, vocab_size=vocab_size,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def token_logps(model, batch: Batch, config: Config, vocab_size: int) -> torch.Tensor:
     """[N] fp32: the log-probs of the loss tokens under `model`."""
-    hidden, head = hidden_states(model, batch, config.bf16), model.get_output_embeddings().weight
+    hidden, head = hidden_states(model, batch), model.get_output_embeddings().weight
     temperature = config.temperature
     return kernels.token_logps(hidden, head, batch.target, temperature=temperature, vocab_size=vocab_size)[0]
 
@@ -176,7 +175,7 @@ def update(
 
     The old log-probs are those before the first update. They need no pass of their own: the weights do not
     change during the first iteration, so its log-probs are the old ones. The log-probs of the sampler are not
-    used in their place: it computes them along another path (through the cache, on a GPU in bf16), so its
+    used in their place: it computes them along another path (through the cache, token by token), so its
     rounding would enter every ratio, and a ratio that should be 1 would not be. How far the two are apart is
     logged as sampler_logp_diff.
 
@@ -188,8 +187,7 @@ def update(
         if reference is not None:
             b.ref_logps = token_logps(reference, b, config, vocab_size)
     scored = time.perf_counter()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.lr = lr
     tokens, metrics, largest_gap = sum(len(b.target) for b in batches), {}, 0.0
     model.train()  # gradient checkpointing works in train mode alone; load_model has set every dropout to 0
     for iteration in range(1, config.num_iterations + 1):
@@ -207,12 +205,12 @@ def update(
                 gap = (stats["logps"] - b.sampled_logps).abs()
                 sums["gap"] += gap.sum().item()
                 largest_gap = max(largest_gap, gap.max().item())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        if math.isfinite(norm):
+        norm = optimizer.grad_norm()
+        if norm.isfinite():
             hold_signals()  # from here on the step has to be finished
-            optimizer.step()
+            optimizer.step(clip_factor(norm, config.max_grad_norm))
         optimizer.zero_grad()
-        figures = {"loss": sums["loss"], "grad_norm": norm, "entropy": sums["entropy"] / tokens}
+        figures = {"loss": sums["loss"], "grad_norm": norm.item(), "entropy": sums["entropy"] / tokens}
         figures |= {"kl": sums["kl"] / tokens} if reference is not None else {}
         figures |= {f"clip_ratio/{side}_mean": sums[side] / tokens for side in ("low", "high")}
         if iteration == 1:
@@ -238,7 +236,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
         run.train_retriever.set_step(run.step, share)
     counts: dict[str, int] = {}
     episodes = rollout(
-        run.sampling_model, run.tokenizer, run.method.template, questions, group_size=size,
+        run.model, run.tokenizer, run.method.template, questions, group_size=size,
         retriever=run.train_retriever, temperature=config.temperature, seed=config.seed, step=run.step,
         slots=config.rollout_slots, runner=run.runner, counts=counts,
         progress="rollout" if run.progress else None, **config.budget(),
@@ -265,7 +263,6 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
     lr = config.learning_rate * min(1.0, (run.step + 1) / max(1, config.warmup_steps))
     if batches:
         metrics |= update(run.model, run.reference, run.optimizer, batches, config, lr, len(run.tokenizer))
-        run.sync_sampling_model()
     end = time.perf_counter()
     metrics |= {"learning_rate": lr, "seconds/rollout": sampled - start, "step_time": end - start}
     metrics["tokens/s"] = sum(len(e.ids) for e in episodes) / (end - start)

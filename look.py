@@ -101,8 +101,7 @@ def sample(config: Config, model, tokenizer) -> Episode:
 
 def score(config: Config, model, episode: Episode, vocab_size: int) -> dict[int, float]:
     """{place in the episode: log-prob} of the tokens that the loss takes."""
-    bf16, temperature = model.dtype == torch.bfloat16, config.temperature or 1.0
-    training, scored = flags.Config(bf16=bf16, temperature=temperature), {}
+    training, scored = flags.Config(temperature=config.temperature or 1.0), {}
     for batch in grpo.make_batches([episode], [0.0], training, model.device):
         places = (batch.position + 1 - len(episode.prompt_ids)).tolist()
         logps = grpo.token_logps(model, batch, training, vocab_size).tolist()

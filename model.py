@@ -52,7 +52,7 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
             name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-        kinds = stored_types(os.path.dirname(cached_file(name, "config.json")))
+        kinds = stored_types(name)
     except Exception as error:  # the libraries raise errors of some twenty classes for what is broken
         kind = "directory" if os.path.isdir(name) else "hub id"
         reason = first_line(error)
@@ -88,13 +88,14 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     return model.to(device), tokenizer
 
 
-def stored_types(folder: str) -> set[str]:
-    """The types of the weights in the files of a folder, such as {"BF16"}."""
-    kinds, paths = set(), list(Path(folder).glob("*.safetensors"))
+def stored_types(name: str) -> set[str]:
+    """The types of the weights in the files of a hub id or a directory, such as {"BF16"}."""
+    folder = Path(cached_file(name, "config.json")).parent
+    kinds, paths = set(), list(folder.glob("*.safetensors"))
     for path in (p for p in paths if not p.name.startswith(("consolidated", "optimizer"))):
         with safe_open(path, "pt") as file:
             kinds |= {file.get_slice(k).get_dtype() for k in file.keys() if k.endswith(".weight")}
-    for path in [] if paths else Path(folder).glob("pytorch_model*.bin"):
+    for path in [] if paths else folder.glob("pytorch_model*.bin"):
         state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         kinds |= {
             str(w.dtype) for k, w in state.items() if k.endswith(".weight") and not w.is_floating_point()

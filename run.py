@@ -13,15 +13,16 @@ The directory (--output_dir) holds
     run.json             all settings, those derived from free memory included
     metrics.jsonl        one object for each step
     transcripts.jsonl    some whole episodes of each step
-    checkpoint-N/        a Hugging Face directory with optimizer.safetensors and trainer_state.json
+    checkpoint-N/        a Hugging Face directory with trainer_state.json and optimizer.safetensors, which
+                         has the lower halves of bf16 weights too
     eval.json            the evaluation before and after training
     *.safetensors, ...   the final weights: the directory itself is a Hugging Face directory
 
 Resuming is exact on a CPU: a run of N steps that was stopped and resumed has the same weights and metrics,
 except times, bit for bit, as one that was never stopped. This rests on four things. The questions and the
-random numbers of a step are functions of (seed, step). A checkpoint holds the fp32 weights and the whole
-state of AdamW. The reference is loaded from the start model, never from a checkpoint. Sizes that depend on
-free memory are computed once and stored in run.json.
+random numbers of a step are functions of (seed, step). A checkpoint holds all 32 bits of the weights, and the
+whole state of AdamW. The reference is loaded from the start model, never from a checkpoint. Sizes that depend
+on free memory are computed once and stored in run.json.
 
 Resuming is not exact in four cases. First, a GPU does not add gradients in a fixed order. (Sampling is exact
 there too: the same weights, seed, step and size of the cache give the same tokens.) Second, the answers of a
@@ -33,6 +34,7 @@ depend on which rows search together.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -54,7 +56,8 @@ from data import Episode, InputError, Question, load_sets
 from disk import append_rows, checkpoints, drop_later_rows, flush, flush_names, replace_bytes, write_model
 from evaluate import evaluate
 from measures import markdown, summary
-from model import check_prompts, load_model, probe
+from model import check_prompts, load_model, probe, stored_types
+from optim import AdamW, rounding_notes
 from prompts import render, set_date
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
@@ -167,7 +170,7 @@ def resume_config(config: Config, given: set[str], out: Path) -> Config:
     changeable = set(
         "resume output_dir max_steps save_steps save_total_limit log_completions retriever".split()
     )
-    changeable |= set("rollout_slots micro_batch_tokens gradient_checkpointing cuda_graphs".split())
+    changeable |= set("rollout_slots micro_batch_tokens gradient_checkpointing cuda_graphs save_fp32".split())
     changeable |= set() if before.date else {"date"}
     if before.method in METHODS and METHODS[before.method].simulated:
         changeable -= {"max_steps"}  # the share of noise depends on it
@@ -224,26 +227,17 @@ class Run:
         self.sources = load_sets(config.train, "train")
         self.eval_sets = load_sets(config.eval, "test", config.eval_size)
         self.open_retrievers(device, dtype)
-        self.model, self.tokenizer = load_model(config.model, device)
+        self.model, self.tokenizer = load_model(config.model, device, dtype)
         set_date(self.tokenizer, config.date)
         questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
         longest = check_prompts(self.model, self.tokenizer, self.method.template, questions)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
+        self.optimizer = AdamW(self.model, config.learning_rate, config.weight_decay)
+        if config.bf16 and stored_types(config.model) != {"BF16"}:
+            self.optimizer.load_weights(load_model(config.model, "cpu")[0])  # with their lower halves
+        self.reference = copy.deepcopy(self.model) if config.beta else None
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.reference = load_model(config.model, device, dtype)[0].eval() if config.beta else None
-        # Sampling reads all weights for every token, so on a GPU it reads a bf16 copy.
-        self.sampling_model = load_model(config.model, device, dtype)[0].eval() if config.bf16 else self.model
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]  # norms and biases are not decayed
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            fused=True,
-        )
         self.resolve_sizes(device, longest)
 
     def open_retrievers(self, device: str, dtype: torch.dtype):
@@ -275,10 +269,11 @@ class Run:
         length = min(longest + c.max_completion_length, context_length(self.model.config))
         most_tokens, memory = 1 << 11, 1 << 33  # on a CPU small passes are faster: they stay in its cache
         if device == "cuda":
-            # Allocated later: gradients, AdamW's moments, autocast's bf16 weights; a chunk of logits (2 GB);
-            # and the logits of a decode step, four times while its graph is recorded.
-            logits = 4 * (2 if c.bf16 else 4) * rows * len(self.tokenizer)
-            reserved = (14 if c.bf16 else 12) * parameters + (2 << 30) + logits
+            # Allocated later: gradients, that of the head in fp32 too; a chunk of logits (2 GB); and the
+            # logits of a decode step, four times while its graph is recorded.
+            size, head = self.model.dtype.itemsize, self.model.get_output_embeddings().weight
+            logits = 4 * size * rows * len(self.tokenizer)
+            reserved = size * parameters + 4 * head.numel() + (2 << 30) + logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
         elif parameters < 1e7:
             # a second thread saves some time, but on a busy machine it makes a step several times slower
@@ -286,7 +281,7 @@ class Run:
         # rough estimates in bytes
         layer_factor = 4 if c.gradient_checkpointing else 80
         token_activations = text.num_hidden_layers * text.hidden_size * layer_factor
-        row_cache = length * kv_bytes(self.model.config, torch.bfloat16 if c.bf16 else torch.float32)
+        row_cache = length * kv_bytes(self.model.config, self.model.dtype)
         if device == "cuda" and token_activations * length + row_cache * c.num_generations > memory:
             size = f"{parameters / 1e9:.1f} B parameters and one group of {length} tokens"
             advice = "try --gradient_checkpointing or a smaller --max_completion_length"
@@ -298,13 +293,18 @@ class Run:
             rollout_slots=c.rollout_slots or min(rows, max(c.num_generations, int(memory / 2 / row_cache))),
         )
         vocab_size, slots = len(self.tokenizer), self.config.rollout_slots
-        self.runner = ModelRunner(self.sampling_model, vocab_size, slots, length, c.cuda_graphs)
+        self.runner = ModelRunner(self.model, vocab_size, slots, length, c.cuda_graphs)
 
-    def sync_sampling_model(self):
-        """Copies the weights to the model that samples, if that is a copy."""
-        if self.sampling_model is not self.model:
-            for source, target in zip(self.model.parameters(), self.sampling_model.parameters(), strict=True):
-                target.data.copy_(source.data)
+    def memory(self) -> str:
+        """What is there during the whole run, by purpose."""
+        model = sum(p.nbytes for p in self.model.parameters())
+        entries = self.optimizer.state_dict().items()
+        lower = sum(x.nbytes for key, x in entries if key.endswith(".lower"))
+        sizes = {"weights": model + lower, "gradients": model}
+        sizes["moments"] = sum(x.nbytes for key, x in entries if ".exp_avg" in key)
+        sizes["start model"] = model if self.reference else 0
+        sizes["cache"] = sum(x.nbytes for x in self.runner.cache.keys + self.runner.cache.values)
+        return ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
 
     # the beginning and the end
 
@@ -312,14 +312,16 @@ class Run:
         """Checks the disk space and writes run.json. With --resume it loads the newest checkpoint. At step 0
         it evaluates the start model."""
         config = self.config
-        # A checkpoint takes 12 bytes a parameter (fp32 weights, two moments), and during a save there is one
-        # more than the limit. The final weights take 4.
+        # A checkpoint takes 12 bytes a parameter (32 bits of a weight, two moments), and during a save there
+        # is one more than the limit.
         to_come = config.save_total_limit + 1 - len(checkpoints(self.out))
-        space = (12 * max(1, to_come) + 4) * sum(p.numel() for p in self.model.parameters())
+        final = 4 if config.save_fp32 else self.model.dtype.itemsize
+        space = (12 * max(1, to_come) + final) * sum(p.numel() for p in self.model.parameters())
         if (free := shutil.disk_usage(check_writable(self.out, "--output_dir")).free) < space:
             need = f"{free / 1e9:.2f} GB are free, checkpoints and the result need {space / 1e9:.2f} GB"
             raise InputError(f"--output_dir {self.out}: {need}")
         print("\n".join(f"{f.name:24} {getattr(config, f.name)}" for f in fields(config)))
+        print(f"memory: {self.memory()}", *rounding_notes(self.optimizer), sep="\n")
         self.out.mkdir(parents=True, exist_ok=True)
         for unfinished in self.out.glob("checkpoint-*.tmp"):  # a crash left them; they can be very large
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -335,7 +337,8 @@ class Run:
     def finish(self):
         """Writes the final weights, evaluates them, and prints the table."""
         try:
-            write_model(self.model, self.tokenizer, self.out)
+            full = self.optimizer.full_weights() if self.config.save_fp32 else None
+            write_model(self.model, self.tokenizer, self.out, full)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: the final weights were not written: {error}") from error
         self.evaluate("after")
@@ -348,7 +351,7 @@ class Run:
         if not self.eval_sets:
             return
         records = evaluate(
-            self.sampling_model, self.tokenizer, self.method.template, self.eval_sets, self.eval_retriever,
+            self.model, self.tokenizer, self.method.template, self.eval_sets, self.eval_retriever,
             progress=self.progress, slots=self.config.rollout_slots, runner=self.runner,
             **self.config.budget(),
         )  # fmt: skip
@@ -413,13 +416,8 @@ class Run:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             write_model(self.model, self.tokenizer, temporary)
-            tensors, scalars = {}, {}
-            for i, state in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"{i}.{name}": value for name, value in state.items() if value.ndim}
-                scalars |= {f"{i}.{name}": value.item() for name, value in state.items() if not value.ndim}
-            save_file(tensors, temporary / "optimizer.safetensors")
-            state = {"global_step": self.step, "optimizer": scalars}
-            (temporary / "trainer_state.json").write_text(json.dumps(state))
+            save_file(self.optimizer.state_dict(), temporary / "optimizer.safetensors")
+            (temporary / "trainer_state.json").write_text(json.dumps({"global_step": self.step}))
             flush(temporary)
             os.replace(temporary, final)
             flush_names(self.out)
@@ -449,15 +447,8 @@ class Run:
 
     def load_state(self, folder: Path):
         """Loads weights, optimizer state and the number of finished steps."""
-        state = json.loads((folder / "trainer_state.json").read_text())
-        flat = load_file(folder / "optimizer.safetensors", device=str(self.model.device))
-        flat |= {key: torch.tensor(value) for key, value in state["optimizer"].items()}
-        entries: dict[int, dict] = {}  # number of the parameter -> its state
-        for key, value in flat.items():
-            i, name = key.split(".", 1)
-            entries.setdefault(int(i), {})[name] = value
-        weights = load_model(str(folder), self.model.device, flag="--resume")[0].state_dict()
-        self.model.load_state_dict(weights)
-        self.sync_sampling_model()
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
-        self.step = state["global_step"]
+        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        self.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
+        stored, _ = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")
+        self.model.load_state_dict(stored.state_dict())
+        self.step = step

@@ -16,8 +16,9 @@ whole batch in one pass, and no checkpointing, logging, saving or progress bar. 
 the one before to its own end, so it includes the choice of the questions. Both sides compute the metrics of
 the update; those of the episodes are in TRL's time only.
 
-On a GPU an episode has 128 tokens, and both sides train fp32 weights under bf16 autocast. Ours samples from a
-bf16 copy, as grpo.py does. TRL has 32 episodes in one pass, since the logits of 256 would not fit.
+On a GPU an episode has 128 tokens. TRL trains fp32 weights under bf16 autocast, and ours a bf16 model whose
+optimizer has the lower halves, as in grpo.py. TRL has 32 episodes in one pass, since the logits of 256 would
+not fit.
 
 Two threads need both cores for themselves. Next to another program they wait for each other most of the time,
 and the brackets of the table get wide. OMP_WAIT_POLICY=PASSIVE helps there, but it slows a quiet machine, and
@@ -55,6 +56,7 @@ from words import make_tokenizer
 from config import Config
 from data import Question, mix
 from grpo import advantages, make_batches, update
+from optim import AdamW
 from prompts import SEM, render
 from rollout import rollout
 from runner import ModelRunner
@@ -133,14 +135,11 @@ class Ours:
         def load(dtype):
             return Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
 
-        self.model, self.reference = load(torch.float32), load(DTYPE).requires_grad_(False)
-        self.sampling_model = load(DTYPE) if GPU else self.model
-        self.runner = ModelRunner(self.sampling_model, len(tokenizer))
+        self.model, self.reference = load(DTYPE), load(DTYPE).requires_grad_(False)
+        self.runner = ModelRunner(self.model, len(tokenizer))
         self.tokenizer, self.questions, self.times = tokenizer, questions, Times()
         self.config = replace(CONFIG, max_completion_length=length)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), weight_decay=CONFIG.weight_decay, fused=True
-        )
+        self.optimizer = AdamW(self.model, CONFIG.learning_rate, CONFIG.weight_decay)
         self.phases: list[tuple[float, float, float]] = []  # seconds of rollout, reference, update
         self.tokens = 0  # prompts and episodes
 
@@ -155,7 +154,7 @@ class Ours:
         config, start = self.config, time.perf_counter()
         questions = mix({"bench": self.questions}, PROMPTS, SEED, number)
         episodes = rollout(
-            self.sampling_model, self.tokenizer, SEM, questions, group_size=GROUP, seed=SEED, step=number,
+            self.model, self.tokenizer, SEM, questions, group_size=GROUP, seed=SEED, step=number,
             max_completion_length=config.max_completion_length, runner=self.runner,
         )  # fmt: skip
         sampled = time.perf_counter() - start
@@ -165,9 +164,6 @@ class Ours:
         metrics = update(
             self.model, self.reference, self.optimizer, batches, config, config.learning_rate, VOCABULARY
         )
-        if GPU:
-            for source, target in zip(self.model.parameters(), self.sampling_model.parameters(), strict=True):
-                target.data.copy_(source.data)
         self.phases.append((sampled, metrics["seconds/score"], metrics["seconds/update"]))
         self.tokens += sum(len(e.prompt_ids) + len(e.ids) for e in episodes)
 
@@ -267,7 +263,7 @@ def main():
 `python bench/step.py{" --gpu" if GPU else ""}`, {date.today()}, {machine}.
 Seconds a step: the median of {TIMED} steps (in brackets: the middle half). The two sides alternate every
 {BLOCK} steps. A Qwen2 of {weights:.2f} M weights, {PROMPTS} prompts of {PROMPT_TOKENS} tokens each,
-{GROUP} episodes for each prompt, {"bf16 autocast" if GPU else "fp32"}, with a reference model.
+{GROUP} episodes for each prompt, {"bf16 (TRL: autocast)" if GPU else "fp32"}, with a reference model.
 Equal episodes have {EQUAL} tokens. Ragged ones end by chance, or after {RAGGED}: TRL samples on until the
 last one ends, and pads all to its length.
 

@@ -5,9 +5,9 @@
     d weight         += dlogits.T @ hidden                       [V, H], fp32
 
 The three products are calls of torch. Beyond the inputs and their gradients, the memory is one chunk of
-logits, a few numbers for each row, and with bf16 hidden states a bf16 copy of the head (and a second [V, H]
-where `add_product` cannot add in place). Both gradients are computed in the forward pass, while the logits
-are there, and the backward pass returns them.
+logits, a few numbers for each row, and with a bf16 head d weight in fp32, which is rounded once at the end
+(and a second [V, H] where `add_product` cannot add in place). Both gradients are computed in the forward
+pass, while the logits are there, and the backward pass returns them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def chunks(hidden, weight):
 
     All chunks share one buffer. All V columns are computed even if the vocabulary is shorter, because a width
     that is no multiple of 8 is slow on a GPU."""
-    head = weight.to(hidden.dtype)  # with bf16 hidden states: bf16 products, and the gradient in fp32
+    head = weight.to(hidden.dtype)
     size = min(chunk_rows(hidden, len(head)), max(1, len(hidden)))
     buffer = hidden.new_empty(size, len(head))
     for i in range(0, max(1, len(hidden)), size):

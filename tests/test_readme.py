@@ -44,7 +44,7 @@ def test_commands_name_flags_that_exist(monkeypatch):
         "gpu",
         "quick",
     }  # the last two are of bench/
-    assert set(re.findall(r"--(?:no-)?([a-z_]+)", README)) <= flags
+    assert set(re.findall(r"--(?:no-)?([a-z0-9_]+)", README)) <= flags
 
 
 def test_a_method_of_your_own(tmp_path):

@@ -23,6 +23,7 @@ from test_grpo import GOOD_STEP
 from worlds import arguments, episodes_with_results, run_main, timeless
 
 import grpo
+import optim
 import run as module
 from config import TOY, Config, parse
 from data import InputError
@@ -311,7 +312,7 @@ def test_a_signal_while_the_weights_move_waits_for_the_end_of_the_step(
     world, undisturbed, monkeypatch, handlers, moment
 ):
     """The step is recorded, and the checkpoint contains it."""
-    real, calls = torch.optim.AdamW.step, []
+    real, calls = optim.AdamW.step, []
 
     def step(*args, **options):
         calls.append(None)
@@ -323,7 +324,7 @@ def test_a_signal_while_the_weights_move_waits_for_the_end_of_the_step(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(optim.AdamW, "step", step)
         assert run_main(world | {"save_steps": "50"}) == 130
     assert steps_of(world) == [1, 2, 3]
     assert [p.name for p in checkpoints(Path(world["output_dir"]))] == ["checkpoint-3"]
@@ -442,13 +443,13 @@ DRIVER = f"""
 import os, pathlib, signal, sys, time
 from dataclasses import replace
 sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
-import torch
 import grpo
+import optim
 from reward import METHODS
 from worlds import lively_reward
 
 METHODS["sem"] = replace(METHODS["sem"], reward=lively_reward)
-real, calls = torch.optim.AdamW.step, []
+real, calls = optim.AdamW.step, []
 
 
 def step(*args, **options):
@@ -461,7 +462,7 @@ def step(*args, **options):
     return result
 
 
-torch.optim.AdamW.step = step
+optim.AdamW.step = step
 grpo.program()
 """
 
@@ -493,7 +494,7 @@ def test_a_full_gpu_is_one_line(world, lively, monkeypatch, handlers, where, sav
     if where == "rollout":
         monkeypatch.setattr(grpo, "rollout", at_the_end_of(grpo.rollout, 3, full))
     else:
-        monkeypatch.setattr(torch.optim.AdamW, "step", at_the_end_of(torch.optim.AdamW.step, 3, full))
+        monkeypatch.setattr(optim.AdamW, "step", at_the_end_of(optim.AdamW.step, 3, full))
     with pytest.raises(InputError, match="out of GPU memory in step 3: --resume with other") as error:
         run_main(world | {"save_steps": "50"})
     assert "\n" not in str(error.value)
