@@ -11,8 +11,8 @@ These are the figures of the page, which reads them here: the metrics as a regul
 the text below the figure. A figure is left out if no step has one of its metrics.
 
     reward | mean reward
-        Should rise and then level off. Flat from the start: see the groups with equal rewards. A sudden fall:
-        see KL and entropy at that step, and the transcripts.
+        Lies between 0 and 1 (flat: may be below 0), and should rise and then level off. Flat from the start:
+        see the groups with equal rewards. A sudden fall: see KL and entropy at that step.
     search_ratio/.* | SR: share of episodes that searched
         Should fall where the model knows the answers, and stay high elsewhere. All curves at 0 or all at 1:
         the policy does not decide by the question.
@@ -28,14 +28,16 @@ the text below the figure. A figure is left out if no step has one of its metric
     kl | KL to the start model, nats per token
         Should start at 0 and grow slowly. A jump: a step was too large (learning rate), or the text broke.
     sandbag_suspects | share of needless searches after a wrong draft
-        Should not rise. A rise: the policy may write junk drafts in order to search.
+        Should not rise. A rise: the policy may write junk drafts in order to search. High in step 1: the start
+        model answers badly what it is thought to know, so see its drafts in the transcripts.
     tools/self_searches | results that the model wrote itself, per episode
         They do not count in the search ratio. At 0 the model answers at once.
     format|completions/clipped_ratio|tools/failure_frequency | share of episodes: valid, cut off, failed
         The format should soon be near 1, the others near 0. Clipped: the token budget is too small. Failed:
-        the retriever was down.
+        the retriever was down. Whether it finds the right thing stands only in the transcripts.
     sampler_logp_diff/.* | sampler against scorer: difference of log-probs
-        Should be flat and within rounding. A climb: the two do not compute the same, see look.py.
+        Should be flat: about 1e-6 in fp32, on average below 0.02 in bf16. 0.1 or a climb: the two do not
+        compute the same, or tokens are trained on that the policy did not choose; see look.py.
 
 Not here: how the figures are computed (measures.py, grpo.update), and how the logs are written (run.py)."""
 
