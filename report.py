@@ -7,7 +7,7 @@ A run can be read while it is going on. Lines of a log that are not complete are
 texts in a log are foreign, because models and corpora wrote them. They reach the page through `escape` alone,
 and the content security policy of the page allows no script but the one in this file.
 
-These are the figures of the page, which reads them here: the metrics as a regular expression, the label, and
+The program takes the figures of the page from this list: the metrics as a regular expression, the label, and
 the text below the figure. A figure is left out if no step has one of its metrics.
 
     reward | mean reward
@@ -28,8 +28,8 @@ the text below the figure. A figure is left out if no step has one of its metric
     kl | KL to the start model, nats per token
         Should start at 0 and grow slowly. A jump: a step was too large (learning rate), or the text broke.
     sandbag_suspects | share of needless searches after a wrong draft
-        Should not rise. A rise: the policy may write junk drafts in order to search. High in step 1: the start
-        model answers badly what it is thought to know, so see its drafts in the transcripts.
+        Should not rise. A rise: the policy may write junk drafts in order to search. High in step 1: the
+        drafts of the start model are bad, see the transcripts.
     tools/self_searches | results that the model wrote itself, per episode
         They do not count in the search ratio. At 0 the model answers at once.
     format|completions/clipped_ratio|tools/failure_frequency | share of episodes: valid, cut off, failed
@@ -39,7 +39,7 @@ the text below the figure. A figure is left out if no step has one of its metric
         Should be flat: about 1e-6 in fp32, on average about 0.01 in bf16. 0.1 or a climb: the two do not
         compute the same, or tokens are trained on that the policy did not choose; see look.py.
 
-Not here: how the figures are computed (measures.py, grpo.update), and how the logs are written (run.py)."""
+Not here: how the figures are computed (measures.py, grpo.update), and how the logs are written (disk.py)."""
 
 import base64
 import hashlib
@@ -97,9 +97,10 @@ def read_rows(path: Path, *keys: str) -> tuple[list[dict], int]:
     """(rows of a log that have a step and these keys, number of other lines)."""
     if not path.exists():
         return [], 0
+    lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))  # the log may grow meanwhile
     rows = [row for _, row in read_lines(path)]
     rows = [row for row in rows if number(row.get("step")) is not None and all(key in row for key in keys)]
-    return rows, sum(map(bool, map(bytes.strip, path.read_bytes().split(b"\n")))) - len(rows)
+    return rows, max(0, lines - len(rows))
 
 
 # ------------------------------------------------------------------------------------------------------------
