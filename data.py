@@ -2,7 +2,8 @@
 
 Here: `Question`, `Doc`, `Segment` and `Episode`, one loader for each data set, and the balanced mix of a
 training step as a function of (seed, step). Not here: prompts and token ids (prompts.py), search
-(retriever.py), and how an answer is matched (reward.py).
+(retriever.py), and how an answer is matched (reward.py), but for `number`, the value of a numeric answer.
+Files are read by files.py.
 
     questions = load("mmlu:data/mmlu")                 # a name, and a path in the data set's official format
     sources = load_sets("musique,mmlu", "train")       # {name: questions}
@@ -199,7 +200,7 @@ _FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|
 _COMMA = re.compile(
     r"\{,\}|\\,|(?<=\d)(?:[\xa0\u2009\u202f~\uff0c]|\\[;: ])(?=\d{3}(?!\d))"
 )  # thin blanks too
-_VULGAR = re.compile(r"(?<=\d)?\s*([\xbc-\xbe\u2150-\u215e])")  # the characters of one half, one third, ...
+_VULGAR = re.compile(r"[\xbc-\xbe\u2150-\u215e]")  # the characters of one half, one third, ...
 _UNREAD = re.compile(  # what would change the value: roots, powers, and words for large numbers
     r"\\sqrt|[\u221a\xb1]|\d\s*[\xb2\xb3\xb9\u2070-\u207f]|\d\s*(?:k|bn|[mbt]r?illion|thousand|hundred)\b"
     r"|\$\s*[\d.,]+\s*[mb]\b",
@@ -221,7 +222,7 @@ def number(text: str) -> Fraction | None:
     r"""The value of the only number in a text: 9500 for "$9{,}500", "9,500.00 dollars" or "\boxed{9500}".
     None if there is not exactly one, as in "3-5" or "9,50". Units and percent signs are left out, because the
     answers of GSM8K leave them out."""
-    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[1]), text).replace("\u2044", "/")
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), text).replace("\u2044", "/")
     text = re.sub(r"(?<=\d)(?=\\[cdt]?frac)", " ", text)  # 2\frac{1}{2} is 2 1/2
     text = _FRACTION.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]} ", text)
     text = re.sub(r"(?<=[A-Za-z}])\^\{?[23]\}?(?!\d)", "", text)  # square metres

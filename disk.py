@@ -64,15 +64,15 @@ def append_rows(path: Path, rows: list[dict]):
     first. Raises OSError."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with open(path, "ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        while size:
-            start = max(0, size - 2**16)
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 2**16)
             file.seek(start)
-            at = file.read(size - start).rfind(b"\n")
-            size = start + at + 1 if at >= 0 else start
-            if at >= 0:
+            if (at := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + at + 1
                 break
-        file.truncate(size)
+            end = start
+        file.truncate(end)
         # half a surrogate pair becomes its JSON escape
         file.write(text.encode(errors="backslashreplace"))
 
@@ -111,7 +111,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 def flush(folder: Path):
     """Waits until the files of a directory are on the disk."""
-    for path in folder.iterdir():
+    for path in (p for p in folder.rglob("*") if p.is_file()):
         with open(path, "rb+") as file:  # Windows flushes only what can be written to
             os.fsync(file.fileno())
     flush_names(folder)
@@ -126,11 +126,11 @@ def flush_names(folder: Path):
 
 
 def write_model(model, tokenizer, folder: Path, full: dict | None = None):
-    """Writes a Hugging Face directory that transformers 4 (from 4.56) and 5 read alike, with the fp32 weights
-    `full` if they are given, in place of the model's. Raises OSError and SafetensorError.
+    """Writes a Hugging Face directory that transformers 4.57 and 5 read alike, with the fp32 weights `full`
+    in place of the model's if they are given. Raises OSError and SafetensorError.
 
-    transformers 5 writes names that version 4 does not know. It would refuse the tokenizer, and it would read
-    the model with another base of the rotary embedding, without a warning. So both names are written."""
+    transformers 5 writes names that version 4 does not know. Version 4 would refuse the tokenizer, and would
+    silently read the model with another base of the rotary embedding. So both names are written."""
     model.save_pretrained(folder, state_dict=full)
     try:
         tokenizer.save_pretrained(folder)

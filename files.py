@@ -1,7 +1,9 @@
-"""Reads the files that people bring: JSON lines, a JSON list, MMLU's CSV and parquet, packed or not.
+"""Reads the files that people bring: JSON lines, a JSON list, MMLU's CSV and parquet, packed or not. Here is
+`InputError` too, which the files on text alone can import.
 
-The name of a file tells its format, and its first bytes tell whether it is packed with gzip or bzip2. A file
-that holds something else than its name says is refused, and the message says what it holds.
+The ending of a file's name tells its format (any but .csv, .json and .parquet means JSONL), and its first
+bytes tell whether it is packed with gzip or bzip2. A file that holds something else than its name says is
+refused, and the message says what it holds.
 
     for where, row in rows(Path("dev.jsonl.gz")):      # where: "dev.jsonl.gz:1"; row: a dict
         ...
@@ -64,7 +66,7 @@ def format_of(path) -> str:
 
 def open_unpacked(path) -> BinaryIO:
     """Opens a file for reading, through gzip or bzip2 if its first bytes say so. Raises InputError for a
-    content that no reader of this file understands, and OSError."""
+    content that no reader of this module understands, and OSError."""
     file = open(path, "rb")
     while True:
         head = file.read(512)
@@ -118,7 +120,7 @@ def rows(path) -> Iterator[tuple[str, dict]]:
 
 def _object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a row is a JSON object")
+        raise InputError(f"{where}: this row is not a JSON object")
     return row
 
 
@@ -166,12 +168,12 @@ def _parquet(path) -> Iterator[tuple[str, dict]]:
                 for row in batch.to_pylist():
                     n += 1
                     yield f"{path}, row {n}", row
-    except (InputError, GeneratorExit):
+    except InputError:
         raise
     except Exception as e:  # pyarrow is missing or the file is broken; its errors have no common class
-        if head != b"PAR1":
+        if head and head != b"PAR1":
             raise InputError(f"{path}: its name says parquet, and its content is something else") from e
-        reason = str(e).partition("\n")[0]
+        reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
         raise InputError(f"{path}, after row {n}: not readable as parquet: {reason}") from e
 
 

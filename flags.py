@@ -84,9 +84,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         values, unknown = self.parse_known_args(args)
         if unknown and not unknown[0].startswith("-") and "=" not in unknown[0]:
-            self.error(
-                f"{unknown[0]!r} belongs to no flag; a switch takes no value (--resume, --no-closed_book)"
-            )
+            why = "Flags begin with --, and a switch such as --resume takes no value"
+            self.error(f"{unknown[0]!r} is not a flag. {why}")
         if unknown:
             flags = [
                 text[2:] for text in self._option_string_actions if text[:2] == "--" and text != "--help"

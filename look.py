@@ -13,7 +13,7 @@ takes other tokens than the mask says, or if a log-prob differs by more than rou
 run; the run only learns something else. On a GPU the model is in bf16, as in training, and rounding hides
 small faults: CUDA_VISIBLE_DEVICES= in front of the command looks closer, on the CPU in fp32.
 
-No other module imports grpo.py. Not here: many questions at once, and whether an answer is right
+Not here: many questions at once, and whether an answer is right
 (evaluate.py)."""
 
 import math
@@ -24,9 +24,9 @@ from itertools import pairwise
 
 import torch
 
-import config as flags
 import evaluate
 import grpo
+from config import Config as TrainingConfig
 from config import check_date, check_ranges, fail, parse
 from data import Episode, InputError, Question
 from model import check_prompts, load_model, probe
@@ -101,7 +101,7 @@ def sample(config: Config, model, tokenizer) -> Episode:
 
 def score(config: Config, model, episode: Episode, vocab_size: int) -> dict[int, float]:
     """{place in the episode: log-prob} of the tokens that the loss takes."""
-    training, scored = flags.Config(temperature=config.temperature or 1.0), {}
+    training, scored = TrainingConfig(temperature=config.temperature or 1.0), {}
     for batch in grpo.make_batches([episode], [0.0], training, model.device):
         places = (batch.position + 1 - len(episode.prompt_ids)).tolist()
         logps = grpo.token_logps(model, batch, training, vocab_size).tolist()

@@ -44,9 +44,9 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
     """What the episodes of a training step were like, under TRL's names where TRL has one. `parts[i]` is what
     the reward of episode i returned, and empty if its search failed.
 
-    An episode whose search failed says nothing about the policy, so it enters no figure of this function
-    except tools/failure_frequency. Lengths and
-    num_tokens count policy tokens; num_tokens is that of this step."""
+    An episode whose search failed says nothing about the policy, so it counts in tools/failure_frequency
+    only. Lengths and num_tokens count policy tokens. TRL's num_tokens grows over the run; this one is of the
+    step alone."""
     counted = [(e, p) for e, p in zip(episodes, parts, strict=True) if p]
     n = max(1, len(counted))
     lengths = [e.policy_tokens for e, _ in counted]
@@ -289,13 +289,14 @@ class JudgeError(RuntimeError):
 def judge(question: Question, answer: str, url: str, model: str) -> bool:
     """Whether an OpenAI-compatible endpoint finds the answer right. The criterion is ReSearch's (arXiv
     2503.19470, appendix): the same meaning as one of the golds. The wording is ours. Raises JudgeError if the
-    endpoint gives no verdict within a minute."""
+    endpoint gives no verdict within about two minutes."""
+    golds = [*dict.fromkeys(question.answers + question.answer_texts())]
     prompt = (
         "Is the answer right? It is right if it means the same as at least one of the reference answers. "
         'Reply with JSON only: {"rationale": "...", "judgement": "correct" or "incorrect"}.\n\n'
         f"Question: {question.text}\n"
         + "".join(f"{chr(65 + i)}. {choice}\n" for i, choice in enumerate(question.choices or []))
-        + f"Reference answers: {json.dumps(question.answers + question.answer_texts())}\nAnswer: {answer}"
+        + f"Reference answers: {json.dumps(golds)}\nAnswer: {answer}"
     )
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
     key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -335,9 +336,9 @@ def verdicts(answers: list[tuple[Question, str]], url: str, model: str, name: st
             if all(isinstance(result, JudgeError) for result in results[-32:]):
                 break
     errors = [result for result in results if isinstance(result, JudgeError)]
-    known: list[bool | None] = [None if isinstance(result, JudgeError) else result for result in results]
-    known += [None] * (len(answers) - len(results))
+    found: list[bool | None] = [None if isinstance(result, JudgeError) else result for result in results]
+    found += [None] * (len(answers) - len(results))
     if errors:
-        missing = f"no verdict on {known.count(None)} of {len(known)} questions"
+        missing = f"no verdict on {found.count(None)} of {len(found)} questions"
         tqdm.write(f"warning: {name}: the judge gave {missing}; the first reason: {errors[0]}")
-    return known
+    return found

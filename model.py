@@ -39,9 +39,8 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise InputError(f"{flag} {name}: no such directory")
     adapter = "it holds an adapter (adapter_config.json); merge it into its base model"
-    if os.path.exists(
-        os.path.join(name, "adapter_config.json")
-    ):  # peft would apply it, to merged weights too
+    # peft would apply it, to merged weights too
+    if os.path.exists(os.path.join(name, "adapter_config.json")):
         raise InputError(f"{flag} {name}: {adapter}, or remove that file if the weights are merged already")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)

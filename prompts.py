@@ -191,12 +191,12 @@ def render(template: Template, question: Question, tokenizer) -> list[int]:
     text = neutralise(question.text + "".join(options), tokenizer, template)
     apart = [{"role": "system", "content": template.system}, {"role": "user", "content": text}]
     merged = [{"role": "user", "content": f"{template.system}\n\n{text}"}]
-    reason = "it leaves out the instructions or the question"
     for messages in (apart, merged):
         try:
             prompt = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
             if template.system.strip() in prompt and text.strip() in prompt:
                 return tokenizer(prompt, add_special_tokens=False).input_ids
+            reason = "it leaves out the instructions or the question"
         except Exception as error:  # a template can raise anything: it is a program
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise InputError(f"the chat template of the tokenizer cannot be used: {reason}")

@@ -7,12 +7,12 @@ A run can be read while it is going on. Lines of a log that are not complete are
 texts in a log are foreign, because models and corpora wrote them. They reach the page through `escape` alone,
 and the content security policy of the page allows no script but the one in this file.
 
-These are the figures of the page, which reads them here: the metrics as a regular expression, the label, and
+The program takes the figures of the page from this list: the metrics as a regular expression, the label, and
 the text below the figure. A figure is left out if no step has one of its metrics.
 
     reward | mean reward
-        Should rise and then level off. Flat from the start: see the groups with equal rewards. A sudden fall:
-        see KL and entropy at that step, and the transcripts.
+        Lies between 0 and 1 (flat: may be below 0), and should rise and then level off. Flat from the start:
+        see the groups with equal rewards. A sudden fall: see KL and entropy at that step.
     search_ratio/.* | SR: share of episodes that searched
         Should fall where the model knows the answers, and stay high elsewhere. All curves at 0 or all at 1:
         the policy does not decide by the question.
@@ -28,16 +28,18 @@ the text below the figure. A figure is left out if no step has one of its metric
     kl | KL to the start model, nats per token
         Should start at 0 and grow slowly. A jump: a step was too large (learning rate), or the text broke.
     sandbag_suspects | share of needless searches after a wrong draft
-        Should not rise. A rise: the policy may write junk drafts in order to search.
+        Should not rise. A rise: the policy may write junk drafts in order to search. High in step 1: the
+        drafts of the start model are bad, see the transcripts.
     tools/self_searches | results that the model wrote itself, per episode
         They do not count in the search ratio. At 0 the model answers at once.
     format|completions/clipped_ratio|tools/failure_frequency | share of episodes: valid, cut off, failed
         The format should soon be near 1, the others near 0. Clipped: the token budget is too small. Failed:
-        the retriever was down.
+        the retriever was down. Whether it finds the right thing stands only in the transcripts.
     sampler_logp_diff/.* | sampler against scorer: difference of log-probs
-        Should be flat and within rounding. A climb: the two do not compute the same, see look.py.
+        Should be flat: about 1e-6 in fp32, on average about 0.01 in bf16. 0.1 or a climb: the two do not
+        compute the same, or tokens are trained on that the policy did not choose; see look.py.
 
-Not here: how the figures are computed (measures.py, grpo.update), and how the logs are written (run.py)."""
+Not here: how the figures are computed (measures.py, grpo.update), and how the logs are written (disk.py)."""
 
 import base64
 import hashlib
@@ -95,9 +97,10 @@ def read_rows(path: Path, *keys: str) -> tuple[list[dict], int]:
     """(rows of a log that have a step and these keys, number of other lines)."""
     if not path.exists():
         return [], 0
+    lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))  # the log may grow meanwhile
     rows = [row for _, row in read_lines(path)]
     rows = [row for row in rows if number(row.get("step")) is not None and all(key in row for key in keys)]
-    return rows, sum(map(bool, map(bytes.strip, path.read_bytes().split(b"\n")))) - len(rows)
+    return rows, max(0, lines - len(rows))
 
 
 # ------------------------------------------------------------------------------------------------------------

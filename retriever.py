@@ -240,7 +240,7 @@ class Remote:
         one of them."""
         _check(queries, k)
         parts: list[list[str]] = []
-        size = MAX_REQUEST
+        size = MAX_REQUEST  # full, so that the first query opens the first part
         for query in (query[:MAX_QUERY] for query in queries):
             bytes_needed = len(json.dumps(query)) + 2
             if size + bytes_needed > MAX_REQUEST - 1000 or (len(parts[-1]) + 1) * k > MAX_DOCUMENTS:

@@ -87,9 +87,9 @@ _WORDS = (
     r"(?:the|my|correct|right|best|final|answer|ans|option|choice|letter|so|therefore|thus|hence|it['’]s|it|is)"
     r"\b[.:,!]?"
 )
-_BEFORE = re.compile(rf"(?:{_MARKS}|{_WORDS})*", re.IGNORECASE)
-_LETTER = re.compile(rf"{_BEFORE.pattern}([A-Z])(?![^\W_]|['’]\w)(.*)", re.IGNORECASE | re.DOTALL)
-_AFTER = re.compile(rf"(?:{_MARKS}|{_WORDS}|[.:,!])*", re.IGNORECASE)
+_BEFORE = re.compile(rf"(?:{_MARKS}|{_WORDS})*+", re.IGNORECASE)
+_LETTER = re.compile(rf"(?:{_MARKS}|{_WORDS})*([A-Z])(?![^\W_]|['’]\w)(.*)", re.IGNORECASE | re.DOTALL)
+_AFTER = re.compile(rf"(?:{_MARKS}|{_WORDS}|[.:,!])*+", re.IGNORECASE)  # *+: "is," can be read in two ways
 _WIDE = {0xFF21 + 32 * case + i: 65 + 32 * case + i for case in range(2) for i in range(26)}  # Ｂ -> B
 
 
@@ -114,18 +114,17 @@ def letter(text: str, choices: list[str]) -> str | None:
 
     if not text.strip():
         return None
-    names = exact(text) or loose(text)
-    if len(text.strip()) > 1 and exact(text):
-        return names[0] if len(names) == 1 else None
+    if (same := exact(text)) and len(text.strip()) > 1:
+        return same[0] if len(same) == 1 else None
+    names = same or loose(text)
     text = "".join(c for c in text.translate(_WIDE) if unicodedata.category(c) != "Cf")
     found = _LETTER.fullmatch(text)
     if found and found[1].upper() in dict(options):
         named, rest = found[1].upper(), found[2]
         if _AFTER.fullmatch(rest):
             return named
-        mark = re.match(r"[\s)\]}*_`\"']*[.:,)\]\-–—：]?", rest)[
-            0
-        ]  # what separates the letter from its option
+        # what separates the letter from its option
+        mark = re.match(r"[\s)\]}*_`\"']*[.:,)\]\-–—：]?", rest)[0]
         option = rest[len(mark) :].strip(" \n*_`()[]\"'")
         # "B -1": the hyphen may belong to the option, so both readings are tried
         if named in (exact(rest) or exact(option) or loose(option) or loose(bare(option))):

@@ -210,7 +210,7 @@ def with_toy_world(config: Config) -> Config:
 
 
 class SaveError(InputError):
-    """A checkpoint cannot be written, and none of this process was."""
+    """A checkpoint cannot be written, and this process has not written an earlier one."""
 
 
 class Run:
@@ -260,9 +260,9 @@ class Run:
 
     def resolve_sizes(self, device: str, longest: int):
         """Fills in the sizes of a pass and of the cache, once: a resumed run finds them in run.json. Makes
-        the cache, with the runner of all rollouts but a simulator's. On a GPU the sizes follow from the free
-        memory; on a CPU from a fixed budget, and there a small model gets one thread. Raises InputError if
-        the model and one group of episodes do not fit the GPU."""
+        the runner, with its cache, that all rollouts share except those of a simulator. On a GPU the sizes
+        follow from the free memory; on a CPU from a fixed budget, and there a small model gets one thread.
+        Raises InputError if the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
         rows = c.prompts_per_step * c.num_generations
@@ -404,9 +404,9 @@ class Run:
 
     def save_checkpoint(self):
         """Writes checkpoint-N/ completely or not at all: first under another name, then flushed to the disk,
-        then renamed. Only after that are older ones removed. If it cannot be written, a warning is printed,
-        and the run goes on if an earlier one of this process was written. If not, SaveError is raised,
-        because the reason will probably stay, and then nothing would be kept."""
+        then renamed. Only after that are older ones removed. If it cannot be written and this process has
+        written an earlier one, a warning is printed and the run goes on. If this process has written none,
+        SaveError is raised, because the cause will probably remain and nothing would be kept."""
         final = self.out / f"checkpoint-{self.step}"
         temporary = self.out / f"checkpoint-{self.step}.tmp"
         if (final / "trainer_state.json").exists() or self.step == 0:
@@ -439,7 +439,7 @@ class Run:
         if found := checkpoints(self.out):
             try:
                 self.load_state(found[-1])
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 why = f"damaged ({type(error).__name__}: {error}); remove it to go on from the one before"
                 raise InputError(f"--resume: {found[-1]} is {why}") from error
         for name in ("metrics.jsonl", "transcripts.jsonl"):

@@ -1,4 +1,5 @@
-"""Requests to the servers that a run may use: a retriever (retriever.Remote) and a judge (measures.judge).
+"""Requests to the servers that training or an evaluation may use: a retriever (retriever.Remote) and a judge
+(measures.judge).
 
 A redirect is an error, because it would carry questions and keys to another address. Requests to this machine
 never go through a proxy; others go through the proxies of the environment.
@@ -43,7 +44,9 @@ def check_url(url: str, flag: str) -> str:
             return url.rstrip("/")
     except ValueError:
         pass
-    raise InputError(f"{flag} {url!r}: an address begins with http:// or https:// and a host")
+    raise InputError(
+        f"{flag} {url!r}: it is no address of the form http(s)://host[:port][/path] without a user name"
+    )
 
 
 def is_this_machine(host: str) -> bool:
@@ -59,7 +62,7 @@ def is_this_machine(host: str) -> bool:
         )[0]
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.bind(address)
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return True
 
@@ -70,8 +73,8 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def post(url: str, content: dict, timeout: float, headers: dict[str, str] | None = None) -> bytes:
-    """The body of the reply to a POST request with a JSON body. `timeout` is in seconds, for the whole reply.
-    Raises RequestError."""
+    """The body of the reply to a POST request with a JSON body. `timeout` is in seconds: for the connection,
+    for each read, and, looked at after each read, for the whole reply. Raises RequestError."""
     body, end, reply = json.dumps(content).encode(), time.monotonic() + timeout, bytearray()
     proxies = {} if is_this_machine(urlsplit(url).hostname or "") else None  # None: those of the environment
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), NoRedirect)

@@ -1,11 +1,13 @@
 """What a run survives: it is killed, interrupted, started twice, and gets no room on the disk. Afterwards it
-is resumed, and its weights and logs are compared bit for bit with those of a run that nothing disturbed.
+is resumed, and its weights and logs (but for times, and rows that found no room) are compared bit for bit
+with those of a run that nothing disturbed.
 
     python bench/kill.py                                # in the toy world; prints a table
     python bench/kill.py --flags "--model DIR --train a.jsonl --corpus c.jsonl"
 
-Half of the kills come at random moments. The other half come at a random one of the calls by which the run
-opens, renames or removes a file in its directory, so that checkpoints and logs are cut at every stage.
+Half of the kills come at random moments. The other half come just before a random one of the calls by which
+Python opens, renames or removes a file in the directory of the run. Weights and tokenizers are written by
+Rust code, whose calls are not seen: only the random moments can fall inside of them.
 """
 
 from __future__ import annotations
@@ -108,8 +110,8 @@ def kill_self():
 
 
 def differences(out: Path, reference: Path, logs: bool = True) -> str:
-    """What differs from the reference: "none", or the names. Without `logs` rows may be missing in them, but
-    not differ."""
+    """What differs from the reference: "none", or the names. With
+    `logs=False` rows may be missing from the logs, but those that are there must be equal."""
     found = []
     if (out / "model.safetensors").read_bytes() != (reference / "model.safetensors").read_bytes():
         found.append("weights")

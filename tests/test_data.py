@@ -206,7 +206,7 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
 
 MISTAKES = [  # name of the set, file, content, what follows the file's path in the message
     ("", "a.jsonl", f"{LINE}\n{LINE[:-1]}", ":2: not JSON: Expecting ',' delimiter"),
-    ("", "a.jsonl", f"{LINE}\n\n[1]", ":3: a row is a JSON object"),
+    ("", "a.jsonl", f"{LINE}\n\n[1]", ":3: this row is not a JSON object"),
     ("", "a.jsonl", b"\n" + LINE.encode() + b"\n\xff", ":3: not UTF-8"),
     ("", "a.jsonl", FLASHRAG | {"question": " \n"}, ":1: the question is empty"),
     ("", "a.jsonl", FLASHRAG | {"question": 3}, ":1: question, answers, choices and data_source are texts"),
@@ -238,7 +238,7 @@ MISTAKES = [  # name of the set, file, content, what follows the file's path in 
     ("hotpotqa", "a.json", '[\n{"_id": 1},\n]', ":3: not JSON:"),
     ("hotpotqa", "a.json", b'[\n{"_id": "\xff"}]', ":2: not UTF-8"),
     ("hotpotqa", "a.json", json.dumps(HOTPOT), ": it is one JSON object, or JSONL"),
-    ("hotpotqa", "a.json", json.dumps([HOTPOT, 1]), ", row 2: a row is a JSON object"),
+    ("hotpotqa", "a.json", json.dumps([HOTPOT, 1]), ", row 2: this row is not a JSON object"),
     ("hotpotqa", "a.json", json.dumps([HOTPOT, {"_id": "1", "question": "x"}]), ", row 2: no key 'answer'"),
     ("mmlu", "a.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", ":2: 5 columns instead of 6"),
     # the message names the line on which the row starts
@@ -428,7 +428,7 @@ def test_hub_parquet_mistakes(hub, parquet):
     write(path, row | {"answer": [0]})
     assert mistake("mmlu", "dev").startswith(f"{path}, row 1: a value has the wrong type")
     write(path)
-    assert mistake("mmlu", "dev") == f"{path}: its name says parquet, and its content is something else"
+    assert mistake("mmlu", "dev") == f"{path}, after row 0: not readable as parquet: no magic bytes"
 
 
 def test_parquet_without_pyarrow(hub, monkeypatch, tmp_path):

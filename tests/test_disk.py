@@ -207,3 +207,10 @@ def test_an_error_of_the_tokenizers_library_is_an_error_of_the_disk(world, model
     (tmp_path / "saved" / "tokenizer.json").mkdir(parents=True)
     with pytest.raises(OSError, match="os error"):
         write_model(model, AutoTokenizer.from_pretrained(world["model"]), tmp_path / "saved")
+
+
+def test_a_checkpoint_may_hold_folders(tmp_path):
+    """transformers writes one if a tokenizer has several chat templates."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    disk.flush(tmp_path)

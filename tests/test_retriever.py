@@ -218,7 +218,7 @@ def test_load_corpus(tmp_path):
     [
         (b"{not json", "not JSON"),
         (b'{"id": "1", "contents": "caf\xe9"}', "not UTF-8"),
-        (b"[1, 2]", "a row is a JSON object"),
+        (b"[1, 2]", "this row is not a JSON object"),
         (b'{"id": "1"}', "contents"),
         (b'{"id": "1", "contents": null}', "contents"),
         (b'{"id": "1", "title": "t", "text": 5}', "contents"),

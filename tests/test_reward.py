@@ -1427,7 +1427,23 @@ def test_letters_beside_options_that_look_like_them(text, choices, named):
 
 
 @pytest.mark.parametrize(
-    "piece", ["the ", "(", "the  ", "\\boxed{", "it's", "B (", "B -", "1,1", "$ ", "\\frac{1}", "-"]
+    "piece",
+    [
+        "the ",
+        " is,",
+        " answer.",
+        " ",
+        "(",
+        "the  ",
+        "\\boxed{",
+        "it's",
+        "B (",
+        "B -",
+        "1,1",
+        "$ ",
+        "\\frac{1}",
+        "-",
+    ],
 )
 def test_long_answers_take_no_longer_than_they_are(piece):
     start = time.process_time()

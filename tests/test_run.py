@@ -785,9 +785,9 @@ def test_weight_decay_is_for_matrices_alone(world):
 
 
 def test_models_that_are_not_needed_are_not_loaded(world):
-    """Without a KL term there is no reference, and in fp32 the model samples itself."""
+    """Without a KL term there is no reference. The model itself samples."""
     run = make_run(world | {"beta": "0"})
-    assert run.reference is None and run.sampling_model is run.model
+    assert run.reference is None and run.runner.model is run.model
     assert make_run(world).reference is not None
 
 
@@ -812,7 +812,7 @@ def test_a_simulator_is_for_training_alone(world, monkeypatch, simulator):
     [((model, _, template, sets, retriever), options)] = calls
     assert type(run.train_retriever) is (ModelSimulator if simulator else CorpusSimulator)
     assert run.train_retriever.seed == 7 and type(retriever) is BM25
-    assert model is run.sampling_model and template is run.method.template and sets is run.eval_sets
+    assert model is run.model and template is run.method.template and sets is run.eval_sets
     assert options["runner"] is run.runner and options["slots"] == run.config.rollout_slots
     budget = run.config.budget()
     assert {name: options[name] for name in budget} == budget
@@ -829,11 +829,12 @@ def test_the_cache_is_as_long_as_an_episode(world, monkeypatch):
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_gpu_has_to_hold_the_model_and_one_group(world, monkeypatch, missing):
-    """Rough numbers of bytes: gradients and moments, a chunk of logits, the logits of a decode step, the
-    activations of one episode, and the cache of a group."""
+    """Rough numbers of bytes: gradients, that of the head once more, a chunk of logits, the logits of a
+    decode step, the activations of one episode, the cache of a group. The moments are there already."""
     run = make_run(world)
     parameters, length = sum(p.numel() for p in run.model.parameters()), run.runner.max_len
-    fixed = 12 * parameters + (2 << 30) + 4 * 4 * 16 * len(run.tokenizer)
+    head = run.model.get_output_embeddings().weight.numel()
+    fixed = 4 * parameters + 4 * head + (2 << 30) + 4 * 4 * 16 * len(run.tokenizer)
     activations, cache = (
         2 * 32 * 80 * length,
         4 * 2 * 2 * 2 * 8 * 4 * length,

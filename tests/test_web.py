@@ -30,7 +30,7 @@ def test_this_machine(host):
 
 
 @pytest.mark.parametrize(
-    "host", ["8.8.8.8", "2001:4860:4860::8888", "example.org", "localhost.org", "127.0.0.1.org", ""]
+    "host", ["8.8.8.8", "2001:4860:4860::8888", "example.org", "localhost.org", "127.0.0.1.org", "a..b", ""]
 )
 def test_another_machine(host):
     assert not is_this_machine(host)
