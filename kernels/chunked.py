@@ -28,7 +28,7 @@ class _GRPOLoss(torch.autograd.Function):
         loss, parts = hidden.new_zeros((), dtype=torch.float32), []
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
-        for rows, logits, head in chunks(hidden, weight):
+        for rows, logits in chunks(hidden, weight):
             cut = [None if x is None else x[rows] for x in (target, old_logps, ref_logps, advantages, scale)]
             value, stats = kernels.grpo_loss_from_logits(
                 logits, *cut, **options, gradient=wants_hidden or wants_weight
@@ -36,7 +36,7 @@ class _GRPOLoss(torch.autograd.Function):
             loss += value
             parts.append(stats)
             if wants_hidden:
-                torch.mm(logits, head, out=d_hidden[rows])
+                torch.mm(logits, weight, out=d_hidden[rows])
             if wants_weight:
                 add_product(d_weight, logits.T, hidden[rows], first=rows.start == 0)
         ctx.gradients = d_hidden, d_weight.to(weight.dtype) if wants_weight else None
@@ -87,7 +87,7 @@ def token_logps(hidden, weight, target, *, temperature: float = 1.0, vocab_size:
     """Log-prob of each target and entropy of each row, both [N] fp32, without a gradient."""
     options = {"temperature": temperature, "vocab_size": vocab_size, "gradient": False}
     zeros, parts = hidden.new_zeros(len(hidden), dtype=torch.float32), []
-    for rows, logits, _ in chunks(hidden, weight):  # a loss of advantage 0; only its stats are used
+    for rows, logits in chunks(hidden, weight):  # a loss of advantage 0; only its stats are used
         _, stats = kernels.grpo_loss_from_logits(
             logits, target[rows], None, None, zeros[rows], zeros[rows],
             epsilon=0.0, epsilon_high=0.0, beta=0.0, **options,
@@ -98,18 +98,17 @@ def token_logps(hidden, weight, target, *, temperature: float = 1.0, vocab_size:
 
 
 def chunks(hidden, weight):
-    """Yields (slice of rows, their logits, the head in hidden's dtype), and one empty chunk if N = 0.
+    """Yields (slice of rows, their logits), and one empty chunk if N = 0.
 
     All chunks share one buffer. All V columns are computed even if the vocabulary is shorter, because a width
     that is no multiple of 8 is slow on a GPU."""
-    head = weight.to(hidden.dtype)
-    size = min(chunk_rows(hidden, len(head)), max(1, len(hidden)))
-    buffer = hidden.new_empty(size, len(head))
+    size = min(chunk_rows(hidden, len(weight)), max(1, len(hidden)))
+    buffer = hidden.new_empty(size, len(weight))
     for i in range(0, max(1, len(hidden)), size):
         rows = slice(i, min(i + size, len(hidden)))
         logits = buffer[: rows.stop - i]
-        torch.mm(hidden[rows], head.T, out=logits)
-        yield rows, logits, head
+        torch.mm(hidden[rows], weight.T, out=logits)
+        yield rows, logits
 
 
 def chunk_rows(hidden, vocab: int) -> int:
