@@ -44,11 +44,11 @@ from simulator import noise_share
 # term pulls the policy towards the start model.
 #
 # The value of the loss says little. In the first pass over a batch p_now = p_old, so every ratio is 1, and
-# the loss is -sum_i sum_t scale_it A_i plus beta times the KL. In the first step of a run the KL is 0.
-# With loss_type grpo every episode has the same total weight, and
-# the advantages of a group sum to 0, so the first sum is 0. With dapo and dr_grpo a long episode weighs more
-# than a short one, so it is not 0. In all three cases the gradient trains the policy: at each token it is -A
-# times the gradient of log p_now (times its scale), and these gradients do not cancel.
+# the loss is -sum_i sum_t scale_it A_i plus beta times the KL. In the first step of a run the KL is 0. With
+# loss_type grpo every episode has the same total weight, and the advantages of a group sum to 0, so the first
+# sum is 0. With dapo and dr_grpo a long episode weighs more than a short one, so it is not 0. In all three
+# cases the gradient trains the policy: at each token it is -A times the gradient of log p_now (times its
+# scale), and these gradients do not cancel.
 
 
 def advantages(rewards: torch.Tensor, counted: torch.Tensor, loss_type: str) -> torch.Tensor:

@@ -16,6 +16,7 @@ The directory (--output_dir) holds
     checkpoint-N/        a Hugging Face directory with trainer_state.json and optimizer.safetensors, which
                          has the lower halves of bf16 weights too
     eval.json            the evaluation before and after training
+    lock                 held while a process runs in it, see disk.lock
     *.safetensors, ...   the final weights: the directory itself is a Hugging Face directory
 
 Resuming is exact on a CPU: a run of N steps that was stopped and resumed has the same weights and metrics,
