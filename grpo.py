@@ -4,21 +4,25 @@ with. This file is the algorithm, in the order in which things happen:
     questions -> episodes through the search loop -> rule-based rewards -> advantages in each group
     -> clipped policy gradient with a KL term, on the policy's own tokens only -> AdamW step -> record
 
-What this is not: there is no value model, no inference server, no distributed training and no LoRA. One
-process trains all weights on one device. Files, checkpoints and signals are in run.py, flags in config.py.
+What this is not: there is no value model and no inference server, and no LoRA. Files, checkpoints and signals
+are in run.py, flags in config.py. Where this file says `world`, several GPUs are at work (parallel.py); with
+one it is None.
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct --train musique,mmlu --output_dir out/sem
     python grpo.py --method search-r1                 # or ssrl, research, zerosearch
     python grpo.py --output_dir out/sem --resume      # continue from the newest complete checkpoint
+    torchrun --nproc_per_node=8 grpo.py --model ...   # on eight GPUs
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -108,14 +112,18 @@ class Batch:
     ref_logps: torch.Tensor | None = None  # [N] fp32: under the start model; None: no KL term
 
 
-def make_batches(episodes: list[Episode], advantage: list[float], config: Config, device) -> list[Batch]:
-    """Cuts the episodes of a step into micro-batches of similar lengths.
+def make_batches(
+    episodes: list[Episode], advantage: list[float], config: Config, device, own: list[bool] | None = None
+) -> list[Batch]:
+    """Cuts the episodes of a step into micro-batches of similar lengths. With several processes `own` says
+    which episodes go into the micro-batches of this one.
 
     An episode without a loss token is in no micro-batch, but it counts in the denominators of token_scale.
     (In SSRL an episode can consist of a masked result alone.)"""
     scale = token_scale([e.policy_tokens for e in episodes], config.loss_type, config.max_completion_length)
     # the last id is left out, because nothing is predicted from it
-    sequences = [(i, (e.prompt_ids + e.ids)[:-1]) for i, e in enumerate(episodes) if any(e.loss_mask)]
+    chosen = [i for i, e in enumerate(episodes) if any(e.loss_mask) and (own is None or own[i])]
+    sequences = [(i, (episodes[i].prompt_ids + episodes[i].ids)[:-1]) for i in chosen]
     batches = []
     for part in split_by_tokens(sequences, config.micro_batch_tokens):
         width = max(len(ids) for _, ids in part)
@@ -130,6 +138,12 @@ def make_batches(episodes: list[Episode], advantage: list[float], config: Config
         values = torch.tensor(values, device=device, dtype=torch.float32).T.contiguous()  # [3, N]
         batches.append(Batch(ids, *places, *values))
     return batches
+
+
+def empty_batch(device) -> Batch:
+    """A micro-batch without a loss token: its gradient is 0. See parallel.py for why there are such."""
+    ids, none = torch.zeros(1, 1, dtype=torch.long, device=device), torch.zeros(0, device=device)
+    return Batch(ids, none.long(), none.long(), none.long(), none, none, none)
 
 
 def hidden_states(model, batch: Batch) -> torch.Tensor:
@@ -168,7 +182,7 @@ def token_logps(model, batch: Batch, config: Config, vocab_size: int) -> torch.T
 
 
 def update(
-    model, reference, optimizer, batches: list[Batch], config: Config, lr: float, vocab_size: int
+    model, reference, optimizer, batches: list[Batch], config: Config, lr: float, vocab_size: int, world=None
 ) -> dict[str, float]:
     """Makes `num_iterations` optimizer steps on one batch of episodes, each on all its micro-batches. A step
     whose gradient is not finite is left out. Returns metrics.
@@ -182,19 +196,21 @@ def update(
     The metrics of the first iteration have plain names (loss, grad_norm, entropy, kl, clip_ratio/*,
     sampler_logp_diff/*), those of iteration 2 begin with iteration_2/, and so on."""
     start = time.perf_counter()
+    call, ranks = (world.call, world.size) if world else (lambda function, *args: function(*args), 1)
     for b in batches:
         b.old_logps, b.ref_logps = None, None
         if reference is not None:
-            b.ref_logps = token_logps(reference, b, config, vocab_size)
+            b.ref_logps = call(token_logps, reference, b, config, vocab_size)
     scored = time.perf_counter()
     optimizer.lr = lr
-    tokens, metrics, largest_gap = sum(len(b.target) for b in batches), {}, 0.0
+    metrics, largest_gap = {}, 0.0
     model.train()  # gradient checkpointing works in train mode alone; load_model has set every dropout to 0
     for iteration in range(1, config.num_iterations + 1):
         sums = Counter()
         for b in batches:
-            loss, stats = policy_loss(model, b, config, vocab_size)
-            loss.backward()
+            loss, stats = call(policy_loss, model, b, config, vocab_size)
+            (loss * ranks).backward()  # several processes average their gradients, and we want the sum
+            sums["tokens"] += len(b.target)
             sums["loss"] += loss.item()
             sums["entropy"] += stats["entropy"].sum().item()
             sums["kl"] += stats["kl"].sum().item()
@@ -204,12 +220,16 @@ def update(
                 b.old_logps = stats["logps"]
                 gap = (stats["logps"] - b.sampled_logps).abs()
                 sums["gap"] += gap.sum().item()
-                largest_gap = max(largest_gap, gap.max().item())
+                largest_gap = max([largest_gap, *gap.tolist()])
         norm = optimizer.grad_norm()
+        if world:
+            norm = world.finish_gradients(optimizer)
+            sums, largest_gap = world.total(sums), world.most(largest_gap)
         if norm.isfinite():
             hold_signals()  # from here on the step has to be finished
             optimizer.step(clip_factor(norm, config.max_grad_norm))
         optimizer.zero_grad()
+        tokens = sums["tokens"]
         figures = {"loss": sums["loss"], "grad_norm": norm.item(), "entropy": sums["entropy"] / tokens}
         figures |= {"kl": sums["kl"] / tokens} if reference is not None else {}
         figures |= {f"clip_ratio/{side}_mean": sums[side] / tokens for side in ("low", "high")}
@@ -229,40 +249,48 @@ def update(
 def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
     """Step `run.step` (from 0): samples, rewards, updates, and records the step. Returns its metrics, which
     are then in metrics.jsonl, and its episodes."""
-    config, size, start = run.config, run.config.num_generations, time.perf_counter()
+    config, size, world, start = run.config, run.config.num_generations, run.world, time.perf_counter()
     questions = mix(run.sources, config.prompts_per_step, config.seed, run.step)
     if run.method.simulated:
         share = noise_share(run.step, config.max_steps, config.noise_start, config.noise_end)
         run.train_retriever.set_step(run.step, share)
     counts: dict[str, int] = {}
+    own = world.block(len(questions)) if world else range(len(questions))  # the questions of this process
     episodes = rollout(
-        run.model, run.tokenizer, run.method.template, questions, group_size=size,
+        run.model, run.tokenizer, run.method.template, questions[own.start : own.stop], group_size=size,
         retriever=run.train_retriever, temperature=config.temperature, seed=config.seed, step=run.step,
-        slots=config.rollout_slots, runner=run.runner, counts=counts,
+        first_row=own.start * size, slots=config.rollout_slots, runner=run.runner, counts=counts,
         progress="rollout" if run.progress else None, **config.budget(),
     )  # fmt: skip
     sampled = time.perf_counter()
 
     # An episode whose search failed says nothing about the policy: it has no reward, is in no group, and is
     # left out of the update.
-    counted = [e.stop != "search_failed" for e in episodes]
     parts: list[dict[str, float]] = []
     for i, e in enumerate(episodes):
         first = i // size * size
-        group = [episodes[k] for k in range(first, first + size) if counted[k]]
+        group = [x for x in episodes[first : first + size] if x.stop != "search_failed"]
         options = {"group": group, "tau": config.tau, "search_cost": config.sem_kept}
-        parts.append(run.reward(e, e.question, **options) if counted[i] else {})
+        parts.append(run.reward(e, e.question, **options) if e.stop != "search_failed" else {})
+    if world:  # from here on every process has all episodes
+        episodes, parts, counts = world.gather(episodes), world.gather(parts), world.total(counts)
+    counted = [e.stop != "search_failed" for e in episodes]
     rewards = torch.tensor([p.get("reward", 0.0) for p in parts], dtype=torch.float64).view(-1, size)
     advantage = advantages(rewards, torch.tensor(counted).view(-1, size), config.loss_type).flatten().tolist()
 
     metrics = step_metrics(episodes, parts, size, config.tau) | counts
     trained = [i for i in range(len(episodes)) if counted[i]]
     batches = make_batches(
-        [episodes[i] for i in trained], [advantage[i] for i in trained], config, run.model.device
-    )
+        [episodes[i] for i in trained], [advantage[i] for i in trained], config, run.model.device,
+        [i // size in own for i in trained],
+    )  # fmt: skip
+    if world:
+        batches += [empty_batch(run.model.device)] * (world.most(len(batches)) - len(batches))
     lr = config.learning_rate * min(1.0, (run.step + 1) / max(1, config.warmup_steps))
     if batches:
-        metrics |= update(run.model, run.reference, run.optimizer, batches, config, lr, len(run.tokenizer))
+        trainee, vocab_size = run.trainee, len(run.tokenizer)
+        metrics |= update(trainee, run.reference, run.optimizer, batches, config, lr, vocab_size, world)
+        run.refresh_sampler()
     end = time.perf_counter()
     metrics |= {"learning_rate": lr, "seconds/rollout": sampled - start, "step_time": end - start}
     metrics["tokens/s"] = sum(len(e.ids) for e in episodes) / (end - start)
@@ -280,9 +308,10 @@ def train(run: Run) -> int:
     config = run.config
     bar = tqdm(total=config.max_steps, initial=run.step, desc="grpo", file=sys.stderr)
     without_gradient = without_retriever = 0  # numbers of consecutive steps
-    with bar, Signals() as signals:
+    with bar, Signals(run.world) as signals:
         try:
             while run.step < config.max_steps:
+                started = run.step
                 metrics, episodes = train_step(run)
                 ratios = {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("search_ratio/")}
                 shown = [f"search {source} {ratio:.2f}" for source, ratio in ratios.items()]
@@ -304,10 +333,11 @@ def train(run: Run) -> int:
         except SaveError:
             raise
         except InputError:
-            run.save_checkpoint()
+            if not run.world or run.step > started:  # otherwise it is an error of this process alone
+                run.save_checkpoint()
             raise
         except torch.OutOfMemoryError as error:
-            if not signals.held:  # otherwise the weights may be in the middle of an update
+            if not (signals.held or run.world):  # the weights may be in the middle of an update
                 run.save_checkpoint()
             flags = "--micro_batch_tokens, --rollout_slots or --gradient_checkpointing"
             raise InputError(
@@ -332,10 +362,10 @@ def warn(metrics: dict) -> bool:
     return False
 
 
-def main(config: Config, given: set[str]) -> int:
+def main(config: Config, given: set[str], world=None) -> int:
     """Trains, with a table of the evaluation sets before and after. Returns the exit code."""
-    with lock(place(config, given).output_dir):
-        run = Run(resolve(config, given))
+    with nullcontext() if world and world.rank else lock(place(config, given).output_dir):
+        run = Run(world.first(resolve, config, given) if world else resolve(config, given), world)
         run.start()
         if code := train(run):
             return code
@@ -345,6 +375,10 @@ def main(config: Config, given: set[str]) -> int:
 
 def program(name: str = "grpo.py"):
     """The command line. A file that adds a method or a reward calls this too, with the name of that file."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # torchrun sets it
+        import parallel  # here: one process runs none of it
+
+        sys.exit(parallel.program(name, main))
     config, given = parse(Config, name, toy=TOY)
     try:
         sys.exit(main(config, given))

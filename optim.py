@@ -48,6 +48,12 @@ def join(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     return ((upper.view(torch.int16).int() << 16) + lower).view(torch.float32)
 
 
+def local(x: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that is in this process: all of it, unless the model is spread over several
+    processes (parallel.py)."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """What gradients of this norm are multiplied by, as in torch.nn.utils.clip_grad_norm_."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -71,9 +77,9 @@ class AdamW:
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """The norm of the whole gradient, a scalar in fp32. The norm that clip_grad_norm_ returns for bf16
-        gradients is rounded to bf16, which has three digits."""
-        gradients = [p.grad.view(-1) for p in self.parameters.values() if p.grad is not None]
+        """The norm of the whole gradient in this process, a scalar in fp32. The norm that clip_grad_norm_
+        returns for bf16 gradients is rounded to bf16, which has three digits."""
+        gradients = [local(p.grad).view(-1) for p in self.parameters.values() if p.grad is not None]
         slices = [part for gradient in gradients for part in gradient.split(SLICE)]
         norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in slices]
         return torch.linalg.vector_norm(torch.stack(norms))
@@ -87,7 +93,7 @@ class AdamW:
                 continue
             state, in_halves = self.state[name], p.dtype == torch.bfloat16
             tensors = [p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["lower"] if in_halves else p]
-            slices = zip(*(x.view(-1).split(SLICE) for x in tensors), strict=True)
+            slices = zip(*(local(x).view(-1).split(SLICE) for x in tensors), strict=True)
             for weight, gradient, mean, square, lower in slices:
                 full = join(weight, lower) if in_halves else weight
                 # this is what torch.optim.AdamW calls; a formula of our own would differ in the last bits
@@ -124,17 +130,18 @@ class AdamW:
         """Takes the weights of an fp32 model, with their lower halves."""
         for name, full in model.named_parameters():
             p, state = self.parameters[name], self.state[name]
-            upper, lower = split(full)
-            p.copy_(upper if "lower" in state else full)
+            upper, lower = split(local(full))
+            local(p).copy_(upper if "lower" in state else local(full))
             if "lower" in state:
-                state["lower"].copy_(lower)
+                local(state["lower"]).copy_(lower)
 
     @torch.no_grad()
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        """{name: weights in fp32}, on the CPU."""
+    def full_weights(self, whole=dict) -> dict[str, torch.Tensor]:
+        """{name: weights in fp32}, on the CPU. `whole` puts shards together, see parallel.World.whole."""
+        weights, state = whole(self.parameters), whole(self.state_dict())
         return {
-            name: join(p.cpu(), self.state[name]["lower"].cpu()) if p.dtype == torch.bfloat16 else p.cpu()
-            for name, p in self.parameters.items()
+            name: join(p.cpu(), state[f"{name}.lower"].cpu()) if p.dtype == torch.bfloat16 else p.cpu()
+            for name, p in weights.items()
         }
 
 

@@ -92,8 +92,8 @@ def rollout(
     model, tokenizer, template: Template, questions: list[Question], *,
     group_size: int = 1, retriever=None, topk: int = 3, max_searches: int = 4,
     max_completion_length: int = 1024, max_doc_tokens: int = 512, temperature: float = 1.0,
-    seed: int = 0, step: int = 0, slots: int | None = None, runner: ModelRunner | None = None,
-    force_search: bool = False, entropy_guided: bool = False,
+    seed: int = 0, step: int = 0, first_row: int = 0, slots: int | None = None,
+    runner: ModelRunner | None = None, force_search: bool = False, entropy_guided: bool = False,
     counts: dict | None = None, progress: str | None = None,
 ) -> list[Episode]:  # fmt: skip
     """Samples `group_size` episodes of every question: [question 0, question 0, .., question 1, ..].
@@ -108,6 +108,8 @@ def rollout(
                     them are replaced by real ones (Sim2Real of SSRL, arXiv 2508.10874).
     entropy_guided  Of the results that the model would write itself, only these are replaced by real ones:
                     the first, and each whose query is less certain than the query before it (SSRL).
+    first_row       The number of the first row in the random streams: several processes that share the
+                    questions of a step draw the numbers that one process would draw.
     slots           Rows that are sampled at once, in whole groups; default: all.
     runner          The ModelRunner of `model`, if there are several rollouts: its cache and its CUDA graphs
                     are then used again. Default: a new one.
@@ -122,7 +124,7 @@ def rollout(
     rows = []
     for number, (question, prompt, tokens) in enumerate(zip(questions, prompts, rooms, strict=True)):
         for member in range(group_size):
-            uniforms = uniform_stream(tokens, seed, step, number * group_size + member)
+            uniforms = uniform_stream(tokens, seed, step, first_row + number * group_size + member)
             rows.append(Row(Episode(question, prompt, template=template), tokens, uniforms))
     slots = min(len(rows), max(1, (slots or len(rows)) // group_size) * group_size)
     max_len = max((len(p) + tokens for p, tokens in zip(prompts, rooms, strict=True)), default=0)

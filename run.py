@@ -58,7 +58,7 @@ from disk import append_rows, checkpoints, drop_later_rows, flush, flush_names, 
 from evaluate import evaluate
 from measures import markdown, summary
 from model import check_prompts, load_model, probe, stored_types
-from optim import AdamW, rounding_notes
+from optim import AdamW, local, rounding_notes
 from prompts import render, set_date
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
@@ -76,12 +76,16 @@ class Signals:
     it raises KeyboardInterrupt at once and the step under way is dropped, because a step of a large model
     takes minutes and schedulers wait 30 seconds. From `hold` to `release` it waits: that is from the first
     change of the weights until the step is recorded and its checkpoint, if one is due, is written. A second
-    signal ends the program at once, unless a checkpoint is being written, which is always completed."""
+    signal ends the program at once, unless a checkpoint is being written, which is always completed.
+
+    With several processes all have to stop at the same point. So a signal is kept until the next `hold` or
+    `release`, where the processes ask each other. torchrun passes it on to all of them, more than once, and
+    kills them after 30 seconds (--shutdown-timeout)."""
 
     installed: Signals | None = None
 
-    def __init__(self):
-        self.received, self.held, self.writing = 0, False, False
+    def __init__(self, world=None):
+        self.world, self.received, self.held, self.writing = world, 0, False, False
 
     def __enter__(self):
         self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -95,7 +99,7 @@ class Signals:
 
     def __call__(self, number, frame):
         self.received += 1
-        if self.writing:
+        if self.writing or self.world:
             return
         if self.received > 1:
             os._exit(130)
@@ -103,11 +107,13 @@ class Signals:
             raise KeyboardInterrupt
 
     def hold(self):
+        if self.world and not self.held:
+            self.release()
         self.held = True
 
     def release(self):
         self.held = False
-        if self.received:
+        if self.world.most(self.received) if self.world else self.received:
             raise KeyboardInterrupt
 
 
@@ -218,8 +224,9 @@ class Run:
     """The settings, data sets, models and optimizer of a run. Training changes only the weights, the
     optimizer's state and `step`, the number of finished steps."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, world=None):
         self.config, self.step, self.has_saved, self.progress = config, 0, False, sys.stderr.isatty()
+        self.world, self.writes = world, world is None or world.rank == 0  # with several processes one writes
         self.method = METHODS[config.method]
         self.reward = REWARDS[config.reward] if config.reward else self.method.reward
         self.out, self.tables = Path(config.output_dir), {}
@@ -233,12 +240,15 @@ class Run:
         questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
         longest = check_prompts(self.model, self.tokenizer, self.method.template, questions)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
-        self.optimizer = AdamW(self.model, config.learning_rate, config.weight_decay)
+        # With several processes the model that samples is not trained itself, but a copy in shards.
+        shard = world.shard if world else lambda model: model
+        self.trainee = shard(copy.deepcopy(self.model)) if world else self.model
+        self.optimizer = AdamW(self.trainee, config.learning_rate, config.weight_decay)
         if config.bf16 and stored_types(config.model) != {"BF16"}:
-            self.optimizer.load_weights(load_model(config.model, "cpu")[0])  # with their lower halves
-        self.reference = copy.deepcopy(self.model) if config.beta else None
+            self.optimizer.load_weights(shard(load_model(config.model, "cpu")[0]))  # with their lower halves
+        self.reference = shard(copy.deepcopy(self.model)) if config.beta else None
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.trainee.gradient_checkpointing_enable({"use_reentrant": False})
         self.resolve_sizes(device, longest)
 
     def open_retrievers(self, device: str, dtype: torch.dtype):
@@ -266,7 +276,7 @@ class Run:
         Raises InputError if the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
-        rows = c.prompts_per_step * c.num_generations
+        rows = c.prompts_per_step * c.num_generations // (self.world.size if self.world else 1)
         length = min(longest + c.max_completion_length, context_length(self.model.config))
         most_tokens, memory = 1 << 11, 1 << 33  # on a CPU small passes are faster: they stay in its cache
         if device == "cuda":
@@ -274,8 +284,11 @@ class Run:
             # logits of a decode step, four times while its graph is recorded.
             size, head = self.model.dtype.itemsize, self.model.get_output_embeddings().weight
             logits = 4 * size * rows * len(self.tokenizer)
-            reserved = size * parameters + 4 * head.numel() + (2 << 30) + logits
+            trained = sum(local(p).nbytes for p in self.trainee.parameters())
+            reserved = trained + 4 * head.numel() + (2 << 30) + logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
+            if self.world:
+                memory = -self.world.most(-memory)  # the least of all
         elif parameters < 1e7:
             # a second thread saves some time, but on a busy machine it makes a step several times slower
             torch.set_num_threads(1)
@@ -298,14 +311,25 @@ class Run:
 
     def memory(self) -> str:
         """What is there during the whole run, by purpose."""
-        model = sum(p.nbytes for p in self.model.parameters())
+        model = sum(local(p).nbytes for p in self.trainee.parameters())
         entries = self.optimizer.state_dict().items()
-        lower = sum(x.nbytes for key, x in entries if key.endswith(".lower"))
+        lower = sum(local(x).nbytes for key, x in entries if key.endswith(".lower"))
         sizes = {"weights": model + lower, "gradients": model}
-        sizes["moments"] = sum(x.nbytes for key, x in entries if ".exp_avg" in key)
+        sizes["moments"] = sum(local(x).nbytes for key, x in entries if ".exp_avg" in key)
         sizes["start model"] = model if self.reference else 0
+        if self.trainee is not self.model:
+            sizes["sampling copy"] = sum(p.nbytes for p in self.model.parameters())
         sizes["cache"] = sum(x.nbytes for x in self.runner.cache.keys + self.runner.cache.values)
         return ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
+
+    def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors, put together where several processes have shards of them."""
+        return self.world.whole(tensors) if self.world else tensors
+
+    def refresh_sampler(self):
+        """Gives the model that samples the new weights, if it is not the one that is trained."""
+        if self.trainee is not self.model:
+            self.world.gather_weights(self.trainee, self.model)
 
     # the beginning and the end
 
@@ -323,12 +347,12 @@ class Run:
             raise InputError(f"--output_dir {self.out}: {need}")
         print("\n".join(f"{f.name:24} {getattr(config, f.name)}" for f in fields(config)))
         print(f"memory: {self.memory()}", *rounding_notes(self.optimizer), sep="\n")
-        self.out.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.out.glob("checkpoint-*.tmp"):  # a crash left them; they can be very large
-            shutil.rmtree(unfinished, ignore_errors=True)
-        replace_bytes(
-            self.out / "run.json", json.dumps(asdict(replace(config, resume=False)), indent=1).encode()
-        )
+        if self.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.out.glob("checkpoint-*.tmp"):  # a crash left them; they can be very large
+                shutil.rmtree(unfinished, ignore_errors=True)
+            settings = asdict(replace(config, resume=False))
+            replace_bytes(self.out / "run.json", json.dumps(settings, indent=1).encode())
         if config.resume:
             self.load_checkpoint()
             self.tables = self.load_tables()
@@ -338,8 +362,9 @@ class Run:
     def finish(self):
         """Writes the final weights, evaluates them, and prints the table."""
         try:
-            full = self.optimizer.full_weights() if self.config.save_fp32 else None
-            write_model(self.model, self.tokenizer, self.out, full)
+            full = self.optimizer.full_weights(self.whole) if self.config.save_fp32 else None
+            if self.writes:
+                write_model(self.model, self.tokenizer, self.out, full)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: the final weights were not written: {error}") from error
         self.evaluate("after")
@@ -351,13 +376,20 @@ class Run:
         """Evaluates the model on the evaluation sets, if there are any, and adds the table to eval.json."""
         if not self.eval_sets:
             return
+        sets, world = self.eval_sets, self.world
+        if world:
+            own = {name: [rows[i] for i in world.block(len(rows))] for name, rows in sets.items()}
+            sets = {name: rows for name, rows in own.items() if rows}
         records = evaluate(
-            self.model, self.tokenizer, self.method.template, self.eval_sets, self.eval_retriever,
+            self.model, self.tokenizer, self.method.template, sets, self.eval_retriever,
             progress=self.progress, slots=self.config.rollout_slots, runner=self.runner,
             **self.config.budget(),
         )  # fmt: skip
+        if world:
+            records = {name: world.gather(records.get(name, [])) for name in self.eval_sets}
         self.tables[when] = {name: summary(rows) for name, rows in records.items()}
-        replace_bytes(self.out / "eval.json", json.dumps(self.tables, indent=1).encode())
+        if self.writes:
+            replace_bytes(self.out / "eval.json", json.dumps(self.tables, indent=1).encode())
 
     def load_tables(self) -> dict:
         """The stored evaluation before training, {"before": table}, or {} if there is none for these data
@@ -382,6 +414,8 @@ class Run:
         self.append("metrics.jsonl", [{"step": self.step, **metrics}])
 
     def append(self, name: str, rows: list[dict]):
+        if not self.writes:
+            return
         try:
             append_rows(self.out / name, rows)
         except OSError as error:
@@ -410,14 +444,18 @@ class Run:
         SaveError is raised, because the cause will probably remain and nothing would be kept."""
         final = self.out / f"checkpoint-{self.step}"
         temporary = self.out / f"checkpoint-{self.step}.tmp"
-        if (final / "trainer_state.json").exists() or self.step == 0:
+        written = (final / "trainer_state.json").exists
+        if self.step == 0 or (self.world.first(written) if self.world else written()):
+            return
+        state = self.whole(self.optimizer.state_dict())
+        if not self.writes:
             return
         if Signals.installed:
             Signals.installed.writing = True
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             write_model(self.model, self.tokenizer, temporary)
-            save_file(self.optimizer.state_dict(), temporary / "optimizer.safetensors")
+            save_file(state, temporary / "optimizer.safetensors")
             (temporary / "trainer_state.json").write_text(json.dumps({"global_step": self.step}))
             flush(temporary)
             os.replace(temporary, final)
@@ -443,13 +481,17 @@ class Run:
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 why = f"damaged ({type(error).__name__}: {error}); remove it to go on from the one before"
                 raise InputError(f"--resume: {found[-1]} is {why}") from error
-        for name in ("metrics.jsonl", "transcripts.jsonl"):
+        for name in ("metrics.jsonl", "transcripts.jsonl") if self.writes else ():
             drop_later_rows(self.out / name, self.step)
 
     def load_state(self, folder: Path):
         """Loads weights, optimizer state and the number of finished steps."""
         step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-        self.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
-        stored, _ = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")
-        self.model.load_state_dict(stored.state_dict())
+        state = load_file(folder / "optimizer.safetensors")
+        stored = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")[0].state_dict()
+        self.model.load_state_dict(stored)
+        if self.world:
+            state = self.world.shards(state, self.optimizer.state_dict())
+            self.trainee.load_state_dict(self.world.shards(stored, self.trainee.state_dict()))
+        self.optimizer.load_state_dict(state)
         self.step = step

@@ -1,0 +1,185 @@
+"""One run on several GPUs, by torchrun and FSDP2 (torch.distributed.fsdp.fully_shard).
+
+    torchrun --nproc_per_node=8 grpo.py --model ...
+
+Every process ("rank") has one GPU. In each step
+
+    1. it samples and rewards its own questions, a contiguous block of those of the step (`block`), with the
+       random numbers that these episodes would have in one process
+    2. all ranks get all episodes (`gather`), and compute the same advantages, metrics and decisions from them
+       by the code of one process
+    3. it makes micro-batches of its own episodes, as many as the rank with the most (`most`): every forward
+       and backward pass needs the shards of all ranks, so a rank that made fewer would leave the others
+       waiting for ever. Empty ones fill up
+    4. the gradients are summed over the ranks, and every rank updates its shard of the weights
+    5. it fills its sampling copy with all weights (`gather_weights`)
+
+In bytes a parameter, on N ranks with bf16 weights: 2 for the sampling copy, and 16 / N for the shards of
+weights, gradients, optimizer state and start model.
+
+The number of ranks changes no episode, except that sums are rounded in another order. The first rank writes
+all files. They are those of one process, so a run can be resumed on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from config import TOY, Config, fail, parse
+from files import InputError
+
+TIMEOUT = timedelta(hours=2)  # of a rank that waits for another; the search of a slow server can take long
+
+
+class World:
+    """The processes of a run, seen from one of them. All methods but `block` and `defer` are collective:
+    every rank has to call them, in the same order."""
+
+    def __init__(self):
+        needed = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+        if missing := [name for name in needed if name not in os.environ]:
+            raise InputError(
+                f"WORLD_SIZE is set but {missing[0]} is not: start several processes by torchrun"
+            )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT
+        )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.rank:  # the first rank prints for all
+            sys.stdout, self.stderr, sys.stderr = open(os.devnull, "w"), sys.stderr, open(os.devnull, "w")
+
+    def defer(self):
+        """Before an error is printed: gives the first rank the time to print it, if it has the same one. All
+        ranks end when one has ended."""
+        if self.rank:
+            time.sleep(3)
+            sys.stderr = self.stderr
+
+    # exchange
+
+    def gather(self, values: list) -> list:
+        """The lists of all ranks as one, in the order of the ranks."""
+        lists = [None] * self.size
+        dist.all_gather_object(lists, values)
+        return [value for part in lists for value in part]
+
+    def first(self, function, *args):
+        """What `function(*args)` returns on the first rank, which alone calls it."""
+        result = [function(*args) if self.rank == 0 else None]
+        dist.broadcast_object_list(result)
+        return result[0]
+
+    def most(self, number: int) -> int:
+        return max(self.gather([number]))
+
+    def total(self, sums: dict[str, float]) -> dict[str, float]:
+        """The sums over all ranks. All have the same keys."""
+        parts = self.gather([sums])
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def block(self, n: int) -> range:
+        """The indices of this rank's share of n things: contiguous, and at most one more than another's."""
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    # weights
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Spreads the weights of a model over the ranks. A layer is gathered when it is needed.
+
+        From then on the model is called by `call` alone: the weight of the head, which the loss needs, is
+        there only during what FSDP2 takes for a forward pass."""
+        layers = model.config.get_text_config().num_hidden_layers
+        lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # bf16 gradients are summed in fp32
+        for part in [*next(lists), model]:
+            fully_shard(part, mp_policy=policy, reshard_after_forward=True)
+        model.inside = lambda function, *args: function(model, *args)
+        register_fsdp_forward_method(model, "inside")
+        return model
+
+    def call(self, function, model, *args):
+        """function(model, *args), also for a sharded model."""
+        return model.inside(function, *args) if hasattr(model, "inside") else function(model, *args)
+
+    def finish_gradients(self, optimizer) -> torch.Tensor:
+        """Returns the norm of the whole gradient. FSDP2 has averaged it over the ranks already; gradients of
+        weights that are not in shards, those of adapters, are averaged here."""
+        gradients = [p.grad for p in optimizer.parameters.values()]
+        if not isinstance(gradients[0], DTensor):
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient /= self.size
+            return optimizer.grad_norm()
+        square = optimizer.grad_norm() ** 2
+        dist.all_reduce(square)
+        return square.sqrt()
+
+    @torch.no_grad()
+    def gather_weights(self, sharded: nn.Module, model: nn.Module):
+        """Copies all weights into the model."""
+        for whole, shard in zip(model.parameters(), sharded.parameters(), strict=True):
+            whole.copy_(shard.full_tensor())
+
+    @torch.no_grad()
+    def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The whole tensors, on the CPU of the first rank. On the others {}."""
+        result = {}
+        for name, x in tensors.items():
+            if isinstance(x, DTensor):
+                # neither gloo nor NCCL sends int16, so lower halves travel under the name of bf16
+                bits = x.to_local().view(torch.bfloat16) if x.dtype == torch.int16 else x.to_local()
+                sent = DTensor.from_local(bits, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+                x = sent.full_tensor().view(x.dtype)
+            result |= {name: x.cpu()} if self.rank == 0 else {}
+        return result
+
+    def shards(self, tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict:
+        """Cuts whole tensors, which every rank has, as those of `like` are cut. Of others it changes nothing:
+        whether they fit is checked where they are used."""
+        return {
+            name: distribute_tensor(x.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+            if isinstance(own := like.get(name), DTensor) and own.shape == x.shape
+            else x
+            for name, x in tensors.items()
+        }
+
+
+def check(config: Config, size: int):
+    """Raises InputError for what several processes cannot share."""
+    if config.prompts_per_step % size:
+        raise InputError(f"--prompts_per_step {config.prompts_per_step}: {size} processes cannot share it evenly")
+    if config.simulator:  # its results depend on which queries come together
+        raise InputError(f"--simulator {config.simulator}: several processes need --corpus in its place")
+
+
+def program(name: str, main) -> int:
+    """The command line of a run under torchrun: `main(config, given, world)`. Returns its exit code."""
+    world = None
+    try:
+        world = World()
+        if len(flags := {" ".join(argv) for argv in world.gather([sys.argv[1:]])}) > 1:
+            raise InputError(f"the processes were started with different flags: {' / '.join(sorted(flags))}")
+        config, given = world.first(lambda: parse(Config, name, toy=TOY))
+        check(config, world.size)
+        code = main(config, given, world)
+        dist.destroy_process_group()
+        return code
+    except Exception as error:
+        if world:
+            world.defer()
+        if isinstance(error, dist.DistError) or "by peer" in str(error):  # gloo raises a bare RuntimeError
+            fail(name, "another process of this run has ended; --resume continues from the last checkpoint")
+        if isinstance(error, (InputError, OSError, torch.OutOfMemoryError)):
+            fail(name, error)
+        raise
