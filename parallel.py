@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import TOY, Config, fail, parse
@@ -41,8 +41,8 @@ TIMEOUT = timedelta(hours=2)  # of a rank that waits for another; the search of 
 
 
 class World:
-    """The processes of a run, seen from one of them. All methods but `block` and `defer` are collective:
-    every rank has to call them, in the same order."""
+    """The processes of a run, seen from one of them. Every rank has to call the methods, in the same order;
+    `block` and `reports` alone do not wait for the others."""
 
     def __init__(self):
         needed = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
@@ -50,21 +50,25 @@ class World:
             raise InputError(
                 f"WORLD_SIZE is set but {missing[0]} is not: start several processes by torchrun"
             )
+        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT
-        )
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            backend = "cpu:gloo,cuda:nccl"
+        self.store, self.rank, self.size = next(rendezvous("env://"))
+        options = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": TIMEOUT}
+        dist.init_process_group(backend, **options)
+        self.stderr = sys.stderr
         if self.rank:  # the first rank prints for all
-            sys.stdout, self.stderr, sys.stderr = open(os.devnull, "w"), sys.stderr, open(os.devnull, "w")
+            sys.stdout = sys.stderr = open(os.devnull, "w")
 
-    def defer(self):
-        """Before an error is printed: gives the first rank the time to print it, if it has the same one. All
-        ranks end when one has ended."""
-        if self.rank:
-            time.sleep(3)
-            sys.stderr = self.stderr
+    def reports(self) -> bool:
+        """Whether this process is the first one with an error, and so prints it. The others have the same
+        error, or another one for want of this process."""
+        sys.stderr = self.stderr
+        try:
+            return self.store.add("errors", 1) == 1
+        except RuntimeError:  # the process with the store is gone
+            return True
 
     # exchange
 
@@ -158,7 +162,9 @@ class World:
 def check(config: Config, size: int):
     """Raises InputError for what several processes cannot share."""
     if config.prompts_per_step % size:
-        raise InputError(f"--prompts_per_step {config.prompts_per_step}: {size} processes cannot share it evenly")
+        raise InputError(
+            f"--prompts_per_step {config.prompts_per_step}: {size} processes cannot share it evenly"
+        )
     if config.simulator:  # its results depend on which queries come together
         raise InputError(f"--simulator {config.simulator}: several processes need --corpus in its place")
 
@@ -175,9 +181,9 @@ def program(name: str, main) -> int:
         code = main(config, given, world)
         dist.destroy_process_group()
         return code
-    except Exception as error:
-        if world:
-            world.defer()
+    except BaseException as error:
+        if world and not world.reports():
+            sys.exit(2)
         if isinstance(error, dist.DistError) or "by peer" in str(error):  # gloo raises a bare RuntimeError
             fail(name, "another process of this run has ended; --resume continues from the last checkpoint")
         if isinstance(error, (InputError, OSError, torch.OutOfMemoryError)):

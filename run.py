@@ -94,6 +94,8 @@ class Signals:
 
     def __exit__(self, *error):
         Signals.installed = None
+        if self.world and error[0]:  # torchrun ends this process now, which first has to say why
+            return
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

@@ -1,31 +1,42 @@
-"""Runs of grpo.py in several processes, for test_parallel.py.
+"""Runs of grpo.py in one, two and four processes, for test_parallel.py.
 
-    ranks.py runs.json               # [[flag, ..], ..]: these runs, one after the other, in the same processes
-    torchrun ... ranks.py --model    # one run, as grpo.py would make it
+    ranks.py FOLDER                    # all runs, in FOLDER
+    ranks.py 2 --model ...             # one run in two processes, as grpo.py would make it under torchrun
+    torchrun ... ranks.py --model ...  # the same
+
+The first two fork their processes, because to start one takes seconds.
 
 The reward differs within a group of an untrained model."""
 
-import json
 import math
 import os
+import shutil
+import signal
+import socket
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository
 
 import torch
-from worlds import lively_reward
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from worlds import arguments, lively_reward, write_world
 
 import grpo
 import parallel
 from config import Config, parse
-from files import InputError
 from optim import AdamW
 from reward import METHODS
 
 METHODS["sem"] = replace(METHODS["sem"], reward=lively_reward)
 sampled, norm = grpo.rollout, AdamW.grad_norm
+RUNS = {  # name: words for `run`, and flags
+    "plain": "--num_iterations 2 --eval_size 3",
+    "tied": "silent skipped --model tied --gradient_checkpointing --max_steps 2 --eval=",
+    "bf16": "--bf16 --learning_rate 0.00001 --save_fp32 --eval=",
+}
 
 
 def silence(*args, first_row: int = 0, **options):
@@ -43,21 +54,130 @@ def skip(optimizer: AdamW) -> torch.Tensor:
     return norm(optimizer) * (math.inf if next(iter(optimizer.state.values()))["step"] == 1 else 1)
 
 
-def run(argv: list[str], world: parallel.World | None = None) -> int:
-    """One run. The words "silent" and "skipped" in front of the flags put `silence` and `skip` in place."""
-    grpo.rollout = silence if "silent" in argv else sampled
-    AdamW.grad_norm = skip if "skipped" in argv else norm
-    flags = [word for word in argv if word not in ("silent", "skipped")]
-    return grpo.main(*parse(Config, "grpo.py", flags), world)
+def run(words: list[str], world: parallel.World | None):
+    """One run. The words "silent" and "skipped" put `silence` and `skip` in place."""
+    grpo.rollout = silence if "silent" in words else sampled
+    AdamW.grad_norm = skip if "skipped" in words else norm
+    flags = [word for word in words if word not in ("silent", "skipped")]
+    assert grpo.main(*parse(Config, "grpo.py", flags), world) == 0
+
+
+def check_exchange(world: parallel.World):
+    """Tensors with fewer rows than processes, and of every type of the optimizer's state, survive the way
+    into shards and back."""
+    n = world.rank
+    assert world.gather([n] * n) == [i for i in range(world.size) for _ in range(i)]
+    assert world.total({"a": n, "b": -1.0}) == {"a": sum(range(world.size)), "b": -world.size}
+    assert world.most(-n) == 0 and world.first(lambda: n) == 0
+    model = torch.nn.Module()
+    model.base_model, model.config = torch.nn.Module(), AutoConfig.for_model("llama", num_hidden_layers=1)
+    model.base_model.layers = torch.nn.ModuleList([torch.nn.Linear(5, 3)])
+    torch.manual_seed(n)  # so that the whole tensors are not just those of this process
+    optimizer = AdamW(world.shard(model), 0.1, 0.0)
+    for dtype in (torch.float32, torch.bfloat16, torch.int16):
+        like = {name: torch.zeros_like(p, dtype=dtype) for name, p in optimizer.parameters.items()}
+        whole = {
+            name: torch.arange(math.prod(p.shape)).view(p.shape).to(dtype) - 7 for name, p in like.items()
+        }
+        cut = world.shards(whole, like)
+        rows = [x.to_local().shape[0] for x in cut.values()]
+        assert sum(world.gather(rows)) == 6
+        back = world.whole(cut)
+        assert n or all(back[name].equal(x) and back[name].dtype == dtype for name, x in whole.items())
+        assert not n or back == {}
+
+
+def fork(size: int, function) -> list[int]:
+    """Calls function(rank) in `size` processes that know each other. Returns their exit codes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(size):
+        if child := os.fork():
+            children.append(child)
+            continue
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        code = 1
+        try:
+            function(rank)
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            sys.__stdout__.flush()
+            os._exit(code)
+    print("processes", *children, flush=True)
+    codes = []
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        for other in children if codes[-1] else ():  # as torchrun does
+            os.kill(other, signal.SIGTERM)
+    return codes
+
+
+def start(size: int, lines: list[list[str]]):
+    """Makes some runs in the same `size` processes, one after the other."""
+
+    def make(rank: int):
+        world = parallel.World() if size > 1 else None
+        if world:
+            check_exchange(world)
+        for words in lines:
+            run(words, world)
+
+    if any(codes := fork(size, make)):
+        sys.exit(f"the processes ended with {codes}")
+
+
+def program(rank: int):
+    """grpo.py. With the flag --different, only the second process has a --seed."""
+    sys.argv[1:] = sys.argv[2:]
+    if "--different" in sys.argv:
+        sys.argv.remove("--different")
+        sys.argv += ["--seed", "3"] if rank else []
+    grpo.program()
+
+
+def resume(folder: Path, a: int, b: int) -> list[str]:
+    """Stops a copy of the plain run of `a` processes after its second step. Returns how `b` go on."""
+    path = folder / f"resumed-{a}-{b}"
+    shutil.copytree(folder / f"plain-{a}", path)
+    shutil.rmtree(path / "checkpoint-3")
+    for file in [*path.glob("*.safetensors"), path / "config.json"]:
+        file.unlink()
+    return ["--output_dir", str(path), "--resume"]
+
+
+def main(folder: Path):
+    flags = write_world(folder)
+    tied = AutoConfig.from_pretrained(flags["model"], tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(tied).save_pretrained(folder / "tied")
+    AutoTokenizer.from_pretrained(flags["model"]).save_pretrained(folder / "tied")
+    flags |= {"max_steps": "3", "log_completions": "16", "eval": f"{folder}/known.jsonl"}
+
+    def lines(size: int) -> list[list[str]]:
+        return [
+            [*arguments(flags | {"output_dir": f"{folder}/{name}-{size}"}), *words.split()]
+            for name, words in RUNS.items()
+        ]
+
+    os.chdir(folder)  # for --model tied
+    start(1, lines(1))
+    start(2, [*lines(2), resume(folder, 1, 2)])
+    start(4, [*lines(4), resume(folder, 2, 4)])
+    start(1, [resume(folder, 2, 1)])
 
 
 if __name__ == "__main__":
-    if not sys.argv[1].endswith(".json"):
-        grpo.program()
     torch.set_num_threads(1)
-    world = parallel.World() if int(os.environ["WORLD_SIZE"]) > 1 else None
-    for argv in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            run(argv, world)
-        except InputError as error:
-            print(error)
+    if sys.argv[1].isdecimal():
+        sys.exit(max(fork(int(sys.argv[1]), program)))
+    if not Path(sys.argv[1]).is_dir():
+        grpo.program()
+    main(Path(sys.argv[1]))
