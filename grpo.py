@@ -5,8 +5,7 @@ with. This file is the algorithm, in the order in which things happen:
     -> clipped policy gradient with a KL term, on the policy's own tokens only -> AdamW step -> record
 
 What this is not: there is no value model and no inference server, and no LoRA. Files, checkpoints and signals
-are in run.py, flags in config.py. Where this file says `world`, several GPUs are at work (parallel.py); with
-one it is None.
+are in run.py, flags in config.py. `world` is for several GPUs; with one its methods do nothing (world.py).
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct --train musique,mmlu --output_dir out/sem
@@ -37,6 +36,7 @@ from optim import clip_factor
 from rollout import rollout, split_by_tokens
 from run import Run, SaveError, Signals, hold_signals, place, resolve
 from simulator import noise_share
+from world import ALONE, World
 
 # ------------------------------------------------------------------------------------------------------------
 # the objective
@@ -182,7 +182,7 @@ def token_logps(model, batch: Batch, config: Config, vocab_size: int) -> torch.T
 
 
 def update(
-    model, reference, optimizer, batches: list[Batch], config: Config, lr: float, vocab_size: int, world=None
+    model, reference, optimizer, batches: list[Batch], config: Config, lr: float, vocab_size: int, world=ALONE
 ) -> dict[str, float]:
     """Makes `num_iterations` optimizer steps on one batch of episodes, each on all its micro-batches. A step
     whose gradient is not finite is left out. Returns metrics.
@@ -196,11 +196,10 @@ def update(
     The metrics of the first iteration have plain names (loss, grad_norm, entropy, kl, clip_ratio/*,
     sampler_logp_diff/*), those of iteration 2 begin with iteration_2/, and so on."""
     start = time.perf_counter()
-    call, ranks = (world.call, world.size) if world else (lambda function, *args: function(*args), 1)
     for b in batches:
         b.old_logps, b.ref_logps = None, None
         if reference is not None:
-            b.ref_logps = call(token_logps, reference, b, config, vocab_size)
+            b.ref_logps = world.call(token_logps, reference, b, config, vocab_size)
     scored = time.perf_counter()
     optimizer.lr = lr
     metrics, largest_gap = {}, 0.0
@@ -208,8 +207,8 @@ def update(
     for iteration in range(1, config.num_iterations + 1):
         sums = Counter()
         for b in batches:
-            loss, stats = call(policy_loss, model, b, config, vocab_size)
-            (loss * ranks).backward()  # several processes average their gradients, and we want the sum
+            loss, stats = world.call(policy_loss, model, b, config, vocab_size)
+            (loss * world.size).backward()  # several processes average their gradients; we want the sum
             sums["tokens"] += len(b.target)
             sums["loss"] += loss.item()
             sums["entropy"] += stats["entropy"].sum().item()
@@ -221,10 +220,8 @@ def update(
                 gap = (stats["logps"] - b.sampled_logps).abs()
                 sums["gap"] += gap.sum().item()
                 largest_gap = max([largest_gap, *gap.tolist()])
-        norm = optimizer.grad_norm()
-        if world:
-            norm = world.finish_gradients(optimizer)
-            sums, largest_gap = world.total(sums), world.most(largest_gap)
+        norm = world.finish_gradients(optimizer)
+        sums, largest_gap = world.total(sums), world.most(largest_gap)
         if norm.isfinite():
             hold_signals()  # from here on the step has to be finished
             optimizer.step(clip_factor(norm, config.max_grad_norm))
@@ -255,7 +252,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
         share = noise_share(run.step, config.max_steps, config.noise_start, config.noise_end)
         run.train_retriever.set_step(run.step, share)
     counts: dict[str, int] = {}
-    own = world.block(len(questions)) if world else range(len(questions))  # the questions of this process
+    own = world.block(len(questions))
     episodes = rollout(
         run.model, run.tokenizer, run.method.template, questions[own.start : own.stop], group_size=size,
         retriever=run.train_retriever, temperature=config.temperature, seed=config.seed, step=run.step,
@@ -272,8 +269,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
         group = [x for x in episodes[first : first + size] if x.stop != "search_failed"]
         options = {"group": group, "tau": config.tau, "search_cost": config.sem_kept}
         parts.append(run.reward(e, e.question, **options) if e.stop != "search_failed" else {})
-    if world:  # from here on every process has all episodes
-        episodes, parts, counts = world.gather(episodes), world.gather(parts), world.total(counts)
+    episodes, parts, counts = world.gather(episodes), world.gather(parts), world.total(counts)
     counted = [e.stop != "search_failed" for e in episodes]
     rewards = torch.tensor([p.get("reward", 0.0) for p in parts], dtype=torch.float64).view(-1, size)
     advantage = advantages(rewards, torch.tensor(counted).view(-1, size), config.loss_type).flatten().tolist()
@@ -284,8 +280,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
         [episodes[i] for i in trained], [advantage[i] for i in trained], config, run.model.device,
         [i // size in own for i in trained],
     )  # fmt: skip
-    if world:
-        batches += [empty_batch(run.model.device)] * (world.most(len(batches)) - len(batches))
+    batches += [empty_batch(run.model.device)] * (world.most(len(batches)) - len(batches))
     lr = config.learning_rate * min(1.0, (run.step + 1) / max(1, config.warmup_steps))
     if batches:
         trainee, vocab_size = run.trainee, len(run.tokenizer)
@@ -333,11 +328,11 @@ def train(run: Run) -> int:
         except SaveError:
             raise
         except InputError:
-            if not run.world or run.step > started:  # otherwise it is an error of this process alone
+            if run.world.size == 1 or run.step > started:  # otherwise it is an error of this process alone
                 run.save_checkpoint()
             raise
         except torch.OutOfMemoryError as error:
-            if not (signals.held or run.world):  # the weights may be in the middle of an update
+            if not signals.held and run.world.size == 1:  # the weights may be in the middle of an update
                 run.save_checkpoint()
             flags = "--micro_batch_tokens, --rollout_slots or --gradient_checkpointing"
             raise InputError(
@@ -362,10 +357,10 @@ def warn(metrics: dict) -> bool:
     return False
 
 
-def main(config: Config, given: set[str], world=None) -> int:
+def main(config: Config, given: set[str], world: World = ALONE) -> int:
     """Trains, with a table of the evaluation sets before and after. Returns the exit code."""
-    with nullcontext() if world and world.rank else lock(place(config, given).output_dir):
-        run = Run(world.first(resolve, config, given) if world else resolve(config, given), world)
+    with nullcontext() if world.rank else lock(place(config, given).output_dir):
+        run = Run(world.first(resolve, config, given), world)
         run.start()
         if code := train(run):
             return code

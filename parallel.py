@@ -36,20 +36,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import TOY, Config, fail, parse
 from files import InputError
+from world import World
 
 TIMEOUT = timedelta(hours=2)  # of a rank that waits for another; the search of a slow server can take long
 
 
-class World:
-    """The processes of a run, seen from one of them. Every rank has to call the methods, in the same order;
-    `block` and `reports` alone do not wait for the others."""
+class Ranks(World):
+    """The processes that torchrun has started. What the methods do is said in world.py."""
 
     def __init__(self):
         needed = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
         if missing := [name for name in needed if name not in os.environ]:
-            raise InputError(
-                f"WORLD_SIZE is set but {missing[0]} is not: start several processes by torchrun"
-            )
+            raise InputError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes by torchrun")
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -70,16 +68,24 @@ class World:
         except RuntimeError:  # the process with the store is gone
             return True
 
+    def check(self, config: Config):
+        if config.prompts_per_step % self.size:
+            why = f"{self.size} processes cannot share it evenly"
+            raise InputError(f"--prompts_per_step {config.prompts_per_step}: {why}")
+        if config.simulator:  # its results depend on which queries come together
+            raise InputError(f"--simulator {config.simulator}: several processes need --corpus in its place")
+
+    def block(self, n: int) -> range:
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
     # exchange
 
     def gather(self, values: list) -> list:
-        """The lists of all ranks as one, in the order of the ranks."""
         lists = [None] * self.size
         dist.all_gather_object(lists, values)
         return [value for part in lists for value in part]
 
     def first(self, function, *args):
-        """What `function(*args)` returns on the first rank, which alone calls it."""
         result = [function(*args) if self.rank == 0 else None]
         dist.broadcast_object_list(result)
         return result[0]
@@ -88,21 +94,14 @@ class World:
         return max(self.gather([number]))
 
     def total(self, sums: dict[str, float]) -> dict[str, float]:
-        """The sums over all ranks. All have the same keys."""
         parts = self.gather([sums])
         return {name: sum(part[name] for part in parts) for name in parts[0]}
-
-    def block(self, n: int) -> range:
-        """The indices of this rank's share of n things: contiguous, and at most one more than another's."""
-        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     # weights
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Spreads the weights of a model over the ranks. A layer is gathered when it is needed.
-
-        From then on the model is called by `call` alone: the weight of the head, which the loss needs, is
-        there only during what FSDP2 takes for a forward pass."""
+        # FSDP2 gathers a layer when its forward pass begins. The loss needs the weight of the head too, so it
+        # has to be computed inside of what FSDP2 takes for a forward pass of the model.
         layers = model.config.get_text_config().num_hidden_layers
         lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # bf16 gradients are summed in fp32
@@ -113,12 +112,10 @@ class World:
         return model
 
     def call(self, function, model, *args):
-        """function(model, *args), also for a sharded model."""
         return model.inside(function, *args) if hasattr(model, "inside") else function(model, *args)
 
     def finish_gradients(self, optimizer) -> torch.Tensor:
-        """Returns the norm of the whole gradient. FSDP2 has averaged it over the ranks already; gradients of
-        weights that are not in shards, those of adapters, are averaged here."""
+        # FSDP2 has averaged the gradients of shards already, but not those of whole weights: adapters
         gradients = [p.grad for p in optimizer.parameters.values()]
         if not isinstance(gradients[0], DTensor):
             for gradient in gradients:
@@ -131,13 +128,11 @@ class World:
 
     @torch.no_grad()
     def gather_weights(self, sharded: nn.Module, model: nn.Module):
-        """Copies all weights into the model."""
         for whole, shard in zip(model.parameters(), sharded.parameters(), strict=True):
             whole.copy_(shard.full_tensor())
 
     @torch.no_grad()
     def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The whole tensors, on the CPU of the first rank. On the others {}."""
         result = {}
         for name, x in tensors.items():
             if isinstance(x, DTensor):
@@ -148,9 +143,8 @@ class World:
             result |= {name: x.cpu()} if self.rank == 0 else {}
         return result
 
-    def shards(self, tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict:
-        """Cuts whole tensors, which every rank has, as those of `like` are cut. Of others it changes nothing:
-        whether they fit is checked where they are used."""
+    def cut(self, tensors, like):
+        # what does not fit is left as it is: the caller checks the shapes
         return {
             name: distribute_tensor(x.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
             if isinstance(own := like.get(name), DTensor) and own.shape == x.shape
@@ -159,25 +153,14 @@ class World:
         }
 
 
-def check(config: Config, size: int):
-    """Raises InputError for what several processes cannot share."""
-    if config.prompts_per_step % size:
-        raise InputError(
-            f"--prompts_per_step {config.prompts_per_step}: {size} processes cannot share it evenly"
-        )
-    if config.simulator:  # its results depend on which queries come together
-        raise InputError(f"--simulator {config.simulator}: several processes need --corpus in its place")
-
-
 def program(name: str, main) -> int:
     """The command line of a run under torchrun: `main(config, given, world)`. Returns its exit code."""
     world = None
     try:
-        world = World()
+        world = Ranks()
         if len(flags := {" ".join(argv) for argv in world.gather([sys.argv[1:]])}) > 1:
             raise InputError(f"the processes were started with different flags: {' / '.join(sorted(flags))}")
         config, given = world.first(lambda: parse(Config, name, toy=TOY))
-        check(config, world.size)
         code = main(config, given, world)
         dist.destroy_process_group()
         return code

@@ -64,6 +64,7 @@ from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
 from runner import ModelRunner
 from simulator import HELPFUL, CorpusSimulator, ModelSimulator
+from world import ALONE, World
 
 # ------------------------------------------------------------------------------------------------------------
 # signals
@@ -84,7 +85,7 @@ class Signals:
 
     installed: Signals | None = None
 
-    def __init__(self, world=None):
+    def __init__(self, world: World = ALONE):
         self.world, self.received, self.held, self.writing = world, 0, False, False
 
     def __enter__(self):
@@ -94,14 +95,14 @@ class Signals:
 
     def __exit__(self, *error):
         Signals.installed = None
-        if self.world and error[0]:  # torchrun ends this process now, which first has to say why
+        if self.world.size > 1 and error[0]:  # torchrun ends this process now, which first has to say why
             return
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def __call__(self, number, frame):
         self.received += 1
-        if self.writing or self.world:
+        if self.writing or self.world.size > 1:
             return
         if self.received > 1:
             os._exit(130)
@@ -109,13 +110,13 @@ class Signals:
             raise KeyboardInterrupt
 
     def hold(self):
-        if self.world and not self.held:
+        if self.world.size > 1 and not self.held:
             self.release()
         self.held = True
 
     def release(self):
         self.held = False
-        if self.world.most(self.received) if self.world else self.received:
+        if self.world.most(self.received):
             raise KeyboardInterrupt
 
 
@@ -226,9 +227,10 @@ class Run:
     """The settings, data sets, models and optimizer of a run. Training changes only the weights, the
     optimizer's state and `step`, the number of finished steps."""
 
-    def __init__(self, config: Config, world=None):
+    def __init__(self, config: Config, world: World = ALONE):
+        world.check(config)
         self.config, self.step, self.has_saved, self.progress = config, 0, False, sys.stderr.isatty()
-        self.world, self.writes = world, world is None or world.rank == 0  # with several processes one writes
+        self.world, self.writes = world, world.rank == 0  # of several processes one writes
         self.method = METHODS[config.method]
         self.reward = REWARDS[config.reward] if config.reward else self.method.reward
         self.out, self.tables = Path(config.output_dir), {}
@@ -242,13 +244,14 @@ class Run:
         questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
         longest = check_prompts(self.model, self.tokenizer, self.method.template, questions)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
-        # With several processes the model that samples is not trained itself, but a copy in shards.
-        shard = world.shard if world else lambda model: model
-        self.trainee = shard(copy.deepcopy(self.model)) if world else self.model
+        # with several processes the model that samples is not trained itself, but a copy in shards
+        self.trainee = self.model if world.size == 1 else world.shard(copy.deepcopy(self.model))
         self.optimizer = AdamW(self.trainee, config.learning_rate, config.weight_decay)
         if config.bf16 and stored_types(config.model) != {"BF16"}:
-            self.optimizer.load_weights(shard(load_model(config.model, "cpu")[0]))  # with their lower halves
-        self.reference = shard(copy.deepcopy(self.model)) if config.beta else None
+            self.optimizer.load_weights(
+                world.shard(load_model(config.model, "cpu")[0])
+            )  # with their lower halves
+        self.reference = world.shard(copy.deepcopy(self.model)) if config.beta else None
         if config.gradient_checkpointing:
             self.trainee.gradient_checkpointing_enable({"use_reentrant": False})
         self.resolve_sizes(device, longest)
@@ -278,7 +281,7 @@ class Run:
         Raises InputError if the model and one group of episodes do not fit the GPU."""
         c, text = self.config, self.model.config.get_text_config()
         parameters = sum(p.numel() for p in self.model.parameters())
-        rows = c.prompts_per_step * c.num_generations // (self.world.size if self.world else 1)
+        rows = c.prompts_per_step * c.num_generations // self.world.size
         length = min(longest + c.max_completion_length, context_length(self.model.config))
         most_tokens, memory = 1 << 11, 1 << 33  # on a CPU small passes are faster: they stay in its cache
         if device == "cuda":
@@ -289,8 +292,7 @@ class Run:
             trained = sum(local(p).nbytes for p in self.trainee.parameters())
             reserved = trained + 4 * head.numel() + (2 << 30) + logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
-            if self.world:
-                memory = -self.world.most(-memory)  # the least of all
+            memory = -self.world.most(-memory)  # the least of all processes
         elif parameters < 1e7:
             # a second thread saves some time, but on a busy machine it makes a step several times slower
             torch.set_num_threads(1)
@@ -323,10 +325,6 @@ class Run:
             sizes["sampling copy"] = sum(p.nbytes for p in self.model.parameters())
         sizes["cache"] = sum(x.nbytes for x in self.runner.cache.keys + self.runner.cache.values)
         return ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
-
-    def whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors, put together where several processes have shards of them."""
-        return self.world.whole(tensors) if self.world else tensors
 
     def refresh_sampler(self):
         """Gives the model that samples the new weights, if it is not the one that is trained."""
@@ -364,7 +362,7 @@ class Run:
     def finish(self):
         """Writes the final weights, evaluates them, and prints the table."""
         try:
-            full = self.optimizer.full_weights(self.whole) if self.config.save_fp32 else None
+            full = self.optimizer.full_weights(self.world.whole) if self.config.save_fp32 else None
             if self.writes:
                 write_model(self.model, self.tokenizer, self.out, full)
         except (OSError, SafetensorError) as error:
@@ -379,16 +377,14 @@ class Run:
         if not self.eval_sets:
             return
         sets, world = self.eval_sets, self.world
-        if world:
-            own = {name: [rows[i] for i in world.block(len(rows))] for name, rows in sets.items()}
-            sets = {name: rows for name, rows in own.items() if rows}
+        own = {name: [rows[i] for i in world.block(len(rows))] for name, rows in sets.items()}
         records = evaluate(
-            self.model, self.tokenizer, self.method.template, sets, self.eval_retriever,
+            self.model, self.tokenizer, self.method.template,
+            {name: rows for name, rows in own.items() if rows}, self.eval_retriever,
             progress=self.progress, slots=self.config.rollout_slots, runner=self.runner,
             **self.config.budget(),
         )  # fmt: skip
-        if world:
-            records = {name: world.gather(records.get(name, [])) for name in self.eval_sets}
+        records = {name: world.gather(records.get(name, [])) for name in sets}
         self.tables[when] = {name: summary(rows) for name, rows in records.items()}
         if self.writes:
             replace_bytes(self.out / "eval.json", json.dumps(self.tables, indent=1).encode())
@@ -447,9 +443,9 @@ class Run:
         final = self.out / f"checkpoint-{self.step}"
         temporary = self.out / f"checkpoint-{self.step}.tmp"
         written = (final / "trainer_state.json").exists
-        if self.step == 0 or (self.world.first(written) if self.world else written()):
+        if self.step == 0 or self.world.first(written):
             return
-        state = self.whole(self.optimizer.state_dict())
+        state = self.world.whole(self.optimizer.state_dict())
         if not self.writes:
             return
         if Signals.installed:
@@ -490,10 +486,8 @@ class Run:
         """Loads weights, optimizer state and the number of finished steps."""
         step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
         state = load_file(folder / "optimizer.safetensors")
+        self.optimizer.load_state_dict(self.world.cut(state, self.optimizer.state_dict()))
         stored = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")[0].state_dict()
-        self.model.load_state_dict(stored)
-        if self.world:
-            state = self.world.shards(state, self.optimizer.state_dict())
-            self.trainee.load_state_dict(self.world.shards(stored, self.trainee.state_dict()))
-        self.optimizer.load_state_dict(state)
+        self.trainee.load_state_dict(self.world.cut(stored, self.trainee.state_dict()))
+        self.refresh_sampler()
         self.step = step

@@ -1,10 +1,8 @@
 """Runs of grpo.py in one, two and four processes, for test_parallel.py.
 
-    ranks.py FOLDER                    # all runs, in FOLDER
-    ranks.py 2 --model ...             # one run in two processes, as grpo.py would make it under torchrun
-    torchrun ... ranks.py --model ...  # the same
-
-The first two fork their processes, because to start one takes seconds.
+    ranks.py FOLDER                    # all runs, in FOLDER. Their processes are forks, because to start one
+                                       # takes seconds
+    torchrun ... ranks.py --model ...  # one run, as grpo.py would make it
 
 The reward differs within a group of an untrained model."""
 
@@ -14,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +28,19 @@ import parallel
 from config import Config, parse
 from optim import AdamW
 from reward import METHODS
+from world import ALONE, World
 
-METHODS["sem"] = replace(METHODS["sem"], reward=lively_reward)
 sampled, norm = grpo.rollout, AdamW.grad_norm
 RUNS = {  # name: words for `run`, and flags
     "plain": "--num_iterations 2 --eval_size 3",
     "tied": "silent skipped --model tied --gradient_checkpointing --max_steps 2 --eval=",
     "bf16": "--bf16 --learning_rate 0.00001 --save_fp32 --eval=",
+}
+MISTAKES = {  # flags, and the line that they are answered with
+    "--prompts_per_step 5": "--prompts_per_step 5: 2 processes cannot share it evenly",
+    "--different": "the processes were started with different flags: ",
+    "--beta -1": "--beta -1.0: must be a number at least 0",
+    "--retriver x": "unknown flag --retriver",
 }
 
 
@@ -54,7 +59,7 @@ def skip(optimizer: AdamW) -> torch.Tensor:
     return norm(optimizer) * (math.inf if next(iter(optimizer.state.values()))["step"] == 1 else 1)
 
 
-def run(words: list[str], world: parallel.World | None):
+def run(words: list[str], world: World):
     """One run. The words "silent" and "skipped" put `silence` and `skip` in place."""
     grpo.rollout = silence if "silent" in words else sampled
     AdamW.grad_norm = skip if "skipped" in words else norm
@@ -62,7 +67,7 @@ def run(words: list[str], world: parallel.World | None):
     assert grpo.main(*parse(Config, "grpo.py", flags), world) == 0
 
 
-def check_exchange(world: parallel.World):
+def check_exchange(world: parallel.Ranks):
     """Tensors with fewer rows than processes, and of every type of the optimizer's state, survive the way
     into shards and back."""
     n = world.rank
@@ -79,7 +84,7 @@ def check_exchange(world: parallel.World):
         whole = {
             name: torch.arange(math.prod(p.shape)).view(p.shape).to(dtype) - 7 for name, p in like.items()
         }
-        cut = world.shards(whole, like)
+        cut = world.cut(whole, like)
         rows = [x.to_local().shape[0] for x in cut.values()]
         assert sum(world.gather(rows)) == 6
         back = world.whole(cut)
@@ -87,7 +92,7 @@ def check_exchange(world: parallel.World):
         assert not n or back == {}
 
 
-def fork(size: int, function) -> list[int]:
+def fork(size: int, function, meanwhile=lambda children: None) -> list[int]:
     """Calls function(rank) in `size` processes that know each other. Returns their exit codes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -108,9 +113,8 @@ def fork(size: int, function) -> list[int]:
         except BaseException:
             traceback.print_exc(file=sys.__stderr__)
         finally:
-            sys.__stdout__.flush()
             os._exit(code)
-    print("processes", *children, flush=True)
+    meanwhile(children)
     codes = []
     while children:
         child, status = os.wait()
@@ -125,8 +129,8 @@ def start(size: int, lines: list[list[str]]):
     """Makes some runs in the same `size` processes, one after the other."""
 
     def make(rank: int):
-        world = parallel.World() if size > 1 else None
-        if world:
+        world = parallel.Ranks() if size > 1 else ALONE
+        if size > 1:
             check_exchange(world)
         for words in lines:
             run(words, world)
@@ -135,13 +139,29 @@ def start(size: int, lines: list[list[str]]):
         sys.exit(f"the processes ended with {codes}")
 
 
-def program(rank: int):
-    """grpo.py. With the flag --different, only the second process has a --seed."""
-    sys.argv[1:] = sys.argv[2:]
-    if "--different" in sys.argv:
-        sys.argv.remove("--different")
-        sys.argv += ["--seed", "3"] if rank else []
-    grpo.program()
+def start_program(flags: list[str], log: Path, meanwhile=lambda children: None):
+    """grpo.py in two processes, as torchrun would start it. `log` gets what they write to stderr, and their
+    exit codes. With the flag --different only the second one has a --seed."""
+
+    def program(rank: int):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.argv[1:] = [flag for flag in flags if flag != "--different"]
+        sys.argv += ["--seed", "3"] if rank and "--different" in flags else []
+        grpo.program()
+
+    codes = fork(2, program, meanwhile)
+    with log.open("a") as file:
+        file.write(f"exit codes {sorted(codes)}\n")
+
+
+def kill_after_three_steps(folder: Path, victim: int):
+    def meanwhile(children: list[int]):
+        metrics = folder / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            time.sleep(0.05)
+        os.kill(children[victim], signal.SIGKILL)
+
+    return meanwhile
 
 
 def resume(folder: Path, a: int, b: int) -> list[str]:
@@ -172,12 +192,20 @@ def main(folder: Path):
     start(2, [*lines(2), resume(folder, 1, 2)])
     start(4, [*lines(4), resume(folder, 2, 4)])
     start(1, [resume(folder, 2, 1)])
+    for i, words in enumerate(MISTAKES):
+        out = {"output_dir": f"{folder}/mistake-{i}"}
+        start_program([*arguments(flags | out), *words.split()], folder / f"mistake-{i}.log")
+    for victim in (0, 1):
+        out = folder / f"killed-{victim}"
+        endless = flags | {"output_dir": str(out), "max_steps": "1000", "save_steps": "1", "eval": ""}
+        start_program(
+            arguments(endless), folder / f"killed-{victim}.log", kill_after_three_steps(out, victim)
+        )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1].isdecimal():
-        sys.exit(max(fork(int(sys.argv[1]), program)))
+    METHODS["sem"] = replace(METHODS["sem"], reward=lively_reward)
     if not Path(sys.argv[1]).is_dir():
         grpo.program()
     main(Path(sys.argv[1]))

@@ -63,6 +63,12 @@ def test_only_look_imports_grpo():
     assert [name for name, imports in graph().items() if imports & {"look", "report"}] == []
 
 
+def test_one_process_imports_nothing_of_several():
+    assert [name for name, imports in graph().items() if "parallel" in imports] == ["grpo"]
+    code = "import sys, grpo; sys.exit('parallel' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["reward", "retriever", "config", "report"])
 def test_text_alone_needs_no_torch(name):
     code = f"import sys, {name}; sys.exit('torch' in sys.modules)"

@@ -811,7 +811,7 @@ def test_a_simulator_is_for_training_alone(world, monkeypatch, simulator):
     [((model, _, template, sets, retriever), options)] = calls
     assert type(run.train_retriever) is (ModelSimulator if simulator else CorpusSimulator)
     assert run.train_retriever.seed == 7 and type(retriever) is BM25
-    assert model is run.model and template is run.method.template and sets is run.eval_sets
+    assert model is run.model and template is run.method.template and sets == run.eval_sets
     assert options["runner"] is run.runner and options["slots"] == run.config.rollout_slots
     budget = run.config.budget()
     assert {name: options[name] for name in budget} == budget
