@@ -4,8 +4,8 @@ with. This file is the algorithm, in the order in which things happen:
     questions -> episodes through the search loop -> rule-based rewards -> advantages in each group
     -> clipped policy gradient with a KL term, on the policy's own tokens only -> AdamW step -> record
 
-What this is not: there is no value model, no inference server, no distributed training and no LoRA. One
-process trains all weights on one device. Files, checkpoints and signals are in run.py, flags in config.py.
+What this is not: there is no value model, no inference server and no distributed training. One process trains
+the weights on one device. Files, checkpoints and signals are in run.py, flags in config.py.
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct --train musique,mmlu --output_dir out/sem

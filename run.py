@@ -52,10 +52,11 @@ from tqdm import tqdm
 
 import toy
 from cache import context_length, kv_bytes
-from config import TOY, Config, check, check_writable
+from config import LORA, TOY, TOY_LORA, Config, check, check_writable
 from data import Episode, InputError, Question, load_sets
 from disk import append_rows, checkpoints, drop_later_rows, flush, flush_names, replace_bytes, write_model
 from evaluate import evaluate
+from lora import add_adapters, load_adapter, merge_cost, merged_weights, save_adapter
 from measures import markdown, summary
 from model import check_prompts, load_model, probe, stored_types
 from optim import AdamW, rounding_notes
@@ -149,6 +150,12 @@ def resolve(config: Config, given: set[str]) -> Config:
     if toy_run:
         defaults = TOY | {"output_dir": config.output_dir}
         config = replace(config, **{name: value for name, value in defaults.items() if name not in given})
+    if config.lora_r:
+        missing = {n: x for n, x in (TOY_LORA if toy_run else LORA).items() if n not in given}
+        config = replace(config, **missing)
+        if "learning_rate" in missing:
+            source = "bench/RESULTS.md" if toy_run else "the Tinker cookbook's search runs with rank 32"
+            print(f"--lora_r without --learning_rate: {config.learning_rate:g}, from {source}")
     if config.bf16 is None:
         config = replace(config, bf16=torch.cuda.is_available())
     if (out / "run.json").exists():
@@ -233,10 +240,13 @@ class Run:
         questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
         longest = check_prompts(self.model, self.tokenizer, self.method.template, questions)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
+        start = None
+        if config.lora_r:
+            start = add_adapters(self.model, config.lora_r, config.lora_alpha, config.seed)
         self.optimizer = AdamW(self.model, config.learning_rate, config.weight_decay)
-        if config.bf16 and stored_types(config.model) != {"BF16"}:
+        if config.bf16 and not start and stored_types(config.model) != {"BF16"}:
             self.optimizer.load_weights(load_model(config.model, "cpu")[0])  # with their lower halves
-        self.reference = copy.deepcopy(self.model) if config.beta else None
+        self.reference = (start or copy.deepcopy(self.model)) if config.beta else None
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.resolve_sizes(device, longest)
@@ -272,9 +282,10 @@ class Run:
         if device == "cuda":
             # Allocated later: gradients, that of the head in fp32 too; a chunk of logits (2 GB); and the
             # logits of a decode step, four times while its graph is recorded.
-            size, head = self.model.dtype.itemsize, self.model.get_output_embeddings().weight
-            logits = 4 * size * rows * len(self.tokenizer)
-            reserved = size * parameters + 4 * head.numel() + (2 << 30) + logits
+            head, logits = self.model.get_output_embeddings().weight, rows * len(self.tokenizer)
+            gradients = sum(p.nbytes for p in self.optimizer.parameters.values())
+            gradients += 4 * head.numel() if head.requires_grad else 0
+            reserved = gradients + (2 << 30) + 4 * self.model.dtype.itemsize * logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
         elif parameters < 1e7:
             # a second thread saves some time, but on a busy machine it makes a step several times slower
@@ -301,9 +312,10 @@ class Run:
         model = sum(p.nbytes for p in self.model.parameters())
         entries = self.optimizer.state_dict().items()
         lower = sum(x.nbytes for key, x in entries if key.endswith(".lower"))
-        sizes = {"weights": model + lower, "gradients": model}
+        gradients = sum(p.nbytes for p in self.optimizer.parameters.values())
+        sizes = {"weights": model + lower, "gradients": gradients}
         sizes["moments"] = sum(x.nbytes for key, x in entries if ".exp_avg" in key)
-        sizes["start model"] = model if self.reference else 0
+        sizes["start model"] = model if self.reference and not self.config.lora_r else 0
         sizes["cache"] = sum(x.nbytes for x in self.runner.cache.keys + self.runner.cache.values)
         return ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
 
@@ -313,11 +325,12 @@ class Run:
         """Checks the disk space and writes run.json. With --resume it loads the newest checkpoint. At step 0
         it evaluates the start model."""
         config = self.config
-        # A checkpoint takes 12 bytes a parameter (32 bits of a weight, two moments), and during a save there
-        # is one more than the limit.
+        # A checkpoint takes 12 bytes a trained parameter (32 bits of a weight, two moments), and during a save
+        # there is one more than the limit.
         to_come = config.save_total_limit + 1 - len(checkpoints(self.out))
         final = 4 if config.save_fp32 else self.model.dtype.itemsize
-        space = (12 * max(1, to_come) + final) * sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.optimizer.parameters.values())
+        space = 12 * max(1, to_come) * trained + final * sum(p.numel() for p in self.model.parameters())
         if (free := shutil.disk_usage(check_writable(self.out, "--output_dir")).free) < space:
             need = f"{free / 1e9:.2f} GB are free, checkpoints and the result need {space / 1e9:.2f} GB"
             raise InputError(f"--output_dir {self.out}: {need}")
@@ -338,7 +351,15 @@ class Run:
     def finish(self):
         """Writes the final weights, evaluates them, and prints the table."""
         try:
-            full = self.optimizer.full_weights() if self.config.save_fp32 else None
+            full = None
+            if self.config.lora_r:
+                save_adapter(self.model, self.out / "adapter", self.config.model)
+                questions = [q for rows in self.sources.values() for q in rows[:4]]
+                prompts = [render(self.method.template, q, self.tokenizer) for q in questions]
+                print(merge_cost(self.model, prompts))
+                full = merged_weights(self.model, torch.float32 if self.config.save_fp32 else self.model.dtype)
+            elif self.config.save_fp32:
+                full = self.optimizer.full_weights()
             write_model(self.model, self.tokenizer, self.out, full)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: the final weights were not written: {error}") from error
@@ -416,7 +437,10 @@ class Run:
             Signals.installed.writing = True
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            write_model(self.model, self.tokenizer, temporary)
+            if self.config.lora_r:
+                save_adapter(self.model, temporary, self.config.model)
+            else:
+                write_model(self.model, self.tokenizer, temporary)
             save_file(self.optimizer.state_dict(), temporary / "optimizer.safetensors")
             (temporary / "trainer_state.json").write_text(json.dumps({"global_step": self.step}))
             flush(temporary)
@@ -450,6 +474,9 @@ class Run:
         """Loads weights, optimizer state and the number of finished steps."""
         step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
         self.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
-        stored, _ = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")
-        self.model.load_state_dict(stored.state_dict())
+        if self.config.lora_r:
+            load_adapter(self.model, folder, "--resume")
+        else:
+            stored, _ = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")
+            self.model.load_state_dict(stored.state_dict())
         self.step = step
