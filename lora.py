@@ -9,9 +9,9 @@ A frozen weight takes 2 bytes in bf16, or 4 in fp32, and is also the start model
 of it. An fp32 checkpoint is simply rounded to bf16, because lower halves are of use only to weights that
 move. A and B take 16 bytes a parameter, and there are few of them (at rank 32 in Qwen2.5-7B 1 %).
 
-    start = add_adapters(model, r=32, alpha=32, seed=0)  # from now on the model learns A and B alone
-    save_adapter(model, folder, base="Qwen/Qwen2.5-7B-Instruct")  # two files, as peft writes and reads them
-    load_adapter(model, folder)                          # InputError if it is not one of this model
+    start = add_adapters(model, r=32, alpha=32, seed=0)    # from now on the model learns A and B alone
+    save_adapter(model, folder, config)                    # two files, as peft writes and reads them
+    load_adapter(model, folder)                            # InputError if it is not one of this model
 
 The sampler uses A and B too, beside W. To add their product to W would lose most of it: after one step at a
 learning rate of 4e-5 a bf16 sum W + B A differs from W in few places. Only at the end a merged model is
@@ -31,12 +31,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
 from data import InputError
+from model import first_line
 
-# Entries of adapter_config.json that do not change what an adapter computes. Two of them are set in every
-# file of peft, for methods that other entries switch on.
-HARMLESS = set("peft_type task_type base_model_name_or_path revision inference_mode peft_version".split())
-HARMLESS |= set("r lora_alpha target_modules lora_dropout megatron_core qalora_group_size".split())
-PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}  # the other kinds are refused
+# What adapter_config.json has to say of these, and entries that do not change what an adapter computes. Two
+# of the latter are set in every file of peft, for methods that other entries switch on.
+PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "init_lora_weights": True}
+HARMLESS = set("base_model_name_or_path revision inference_mode peft_version lora_dropout".split())
+HARMLESS |= set("r lora_alpha target_modules megatron_core qalora_group_size".split())
 
 
 class LoRALinear(torch.nn.Module):
@@ -44,47 +45,42 @@ class LoRALinear(torch.nn.Module):
 
     def __init__(self, base: torch.nn.Linear, r: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        (size_out, size_in), device = base.weight.shape, base.weight.device
-        self.weight, self.bias, self.alpha = base.weight, base.bias, alpha
-        start = torch.nn.init.kaiming_uniform_(torch.empty(r, size_in), math.sqrt(5), generator=generator)
-        self.lora_A = torch.nn.Parameter(start.to(device))  # uniform within 1 / sqrt(in), as in peft
-        self.lora_B = torch.nn.Parameter(torch.zeros(size_out, r, device=device))
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / r
+        a, b = torch.empty(r, base.in_features), torch.zeros(base.out_features, r)
+        torch.nn.init.kaiming_uniform_(a, math.sqrt(5), generator=generator)  # as peft: within 1 / sqrt(in)
+        self.lora_A, self.lora_B = (torch.nn.Parameter(x.to(base.weight.device)) for x in (a, b))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out] in the dtype of x.
 
-        A and B are rounded to that dtype, which changes the small second term by a share of 2^-9 in bf16.
-        An fp32 copy of x would be as large as the activations."""
-        y, thin = linear(x, self.weight, self.bias), linear(x, self.lora_A.to(x.dtype))
-        b = self.lora_B.to(x.dtype).T
-        return torch.addmm(y.flatten(0, -2), thin.flatten(0, -2), b, alpha=self.scale).view(y.shape)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / len(self.lora_A)
+        A and B are rounded to that dtype, which changes the small second term by a share of 2^-9 in bf16. In
+        fp32 they would need a copy of x in fp32, which is as large as the activations."""
+        y, thin = linear(x, self.weight, self.bias), linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), thin, self.lora_B.T.to(x.dtype), alpha=self.scale).view(y.shape)
 
     def merged(self) -> torch.Tensor:
-        """W + B A alpha / r, [out, in] in fp32."""
-        return torch.addmm(self.weight.float(), self.lora_B, self.lora_A, alpha=self.scale)
+        """W + B A alpha / r, [out, in] in fp32, without a gradient."""
+        return torch.addmm(self.weight.float(), self.lora_B, self.lora_A, alpha=self.scale).detach()
 
 
-def block_layers(model) -> dict[str, torch.nn.Module]:
-    """{name: linear layer of a decoder block}, with an adapter or without. The head is in no block."""
-    layers = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, LoRALinear)}
-    return {name: layer for name, layer in layers.items() if re.search(r"\.\d+\.", name)}
+def block_layers(model, kind) -> dict[str, torch.nn.Module]:
+    """{name: layer of that class in a decoder block}. The name of a block has a number, that of the head has
+    none."""
+    return {n: m for n, m in model.named_modules() if type(m) is kind and re.search(r"\.\d+\.", n)}
 
 
-def adapted(model) -> dict[str, LoRALinear]:
-    return {name: layer for name, layer in block_layers(model).items() if isinstance(layer, LoRALinear)}
+def adapters(model) -> dict[str, torch.nn.Parameter]:
+    """{name that peft gives it: A or B of a layer}"""
+    return {f"base_model.model.{n}.weight": p for n, p in model.named_parameters() if ".lora_" in n}
 
 
-def add_adapters(model, r: int, alpha: float, seed: int):
-    """Freezes the weights of the model, and gives each linear layer of its blocks an adapter, with B = 0 and
-    an A that is a function of the seed. Returns the start model: the same frozen weights without adapters.
-    Raises InputError for a model without such layers."""
-    if not (layers := block_layers(model)):
-        kind = model.config.model_type
-        raise InputError(f"--lora_r: the blocks of --model ({kind}) have no torch.nn.Linear to adapt")
+def add_adapters(model, r: int, alpha: float, seed: int, targets: tuple[str, ...] = ("",)):
+    """Freezes the weights of the model, and gives the linear layers of its blocks adapters (those whose names
+    end with one of `targets`), with B = 0 and an A that is a function of the seed. Returns the start model:
+    the same frozen weights without adapters. Raises InputError for a model without such layers: GPT-2."""
+    layers = {n: m for n, m in block_layers(model, torch.nn.Linear).items() if f".{n}".endswith(targets)}
+    if not layers:
+        raise InputError(f"--lora_r {r}: no torch.nn.Linear in the blocks of {model.config.model_type}")
     model.requires_grad_(False)
     start = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
     generator = torch.Generator().manual_seed(seed)
@@ -93,81 +89,58 @@ def add_adapters(model, r: int, alpha: float, seed: int):
     return start
 
 
-def save_adapter(model, folder: Path, base: str):
-    """Writes adapter_config.json and adapter_model.safetensors, with the names of peft. `base` is the hub id
-    or directory of the frozen model."""
-    layers = adapted(model)
-    first = next(iter(layers.values()))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    config |= {"r": len(first.lora_A), "lora_alpha": first.alpha}
-    config |= {"target_modules": sorted({name.rpartition(".")[2] for name in layers})}
-    config |= {"bias": "none", "lora_dropout": 0.0, "inference_mode": True}
-    tensors = {f"base_model.model.{n}.weight": p for n, p in model.named_parameters() if p.requires_grad}
+def save_adapter(model, folder: Path, config):
+    """Writes adapter_config.json and adapter_model.safetensors as peft does. `config` has the settings of the
+    run: lora_r, lora_alpha and the frozen model. Raises OSError and SafetensorError."""
+    entries = {"base_model_name_or_path": config.model, "r": config.lora_r, "lora_alpha": config.lora_alpha}
+    entries["target_modules"] = sorted({name.split(".")[-1] for name in block_layers(model, LoRALinear)})
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(adapters(model), folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | entries, indent=2))
 
 
 @torch.no_grad()
 def load_adapter(model, folder: str | Path, flag: str = "--adapter"):
-    """Gives the model the adapter of a directory, written here or by peft. A model that has adapters must
-    have the same. Raises InputError for tensors that do not fit, and for a kind that is not computed here."""
-    folder = Path(folder)
+    """Gives the model the adapter of a directory, written here or by peft. In a resumed run the model has
+    adapters already, which must have the same names and shapes. Raises InputError for tensors that do not
+    fit, and for kinds of adapters that are not computed here."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
-        if other := [k for k, x in config.items() if x and k not in HARMLESS and x != PLAIN.get(k)]:
-            raise ValueError(f"its {other[0]} is {config[other[0]]}, which is not computed here")
-        layers = {n: m for n, m in block_layers(model).items() if any(f".{n}".endswith(f".{t}") for t in targets)}
-        keys = {f"base_model.model.{n}.lora_{half}.weight": (n, half) for n in layers for half in "AB"}
-        tensors = load_file(folder / "adapter_model.safetensors")
-        if not keys or (odd := sorted(keys ^ tensors.keys())):
-            raise ValueError(f"{len(odd)} tensors are missing or fit no layer" if keys else "it fits no layer")
-        for name, layer in layers.items():
-            if not isinstance(layer, LoRALinear):
-                model.set_submodule(name, LoRALinear(layer, r, alpha, torch.Generator()))
-        if adapted(model).keys() != layers.keys() or any(x.alpha != alpha for x in adapted(model).values()):
-            raise ValueError("the run has another one")
-        for key, (name, half) in keys.items():
-            own, stored = getattr(model.get_submodule(name), f"lora_{half}"), tensors[key]
-            if stored.shape != own.shape or not stored.isfinite().all():
-                raise ValueError(f"{key} has another shape than its layer, or holds NaN or infinity")
-            own.copy_(stored)
+        entries = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+        if other := [k for k, x in entries.items() if x and k not in HARMLESS and x != PLAIN.get(k)]:
+            raise ValueError(f"its {other[0]} is {entries[other[0]]}, which is not computed here")
+        if not adapters(model):
+            targets = tuple(f".{name}" for name in entries["target_modules"])
+            add_adapters(model, entries["r"], entries["lora_alpha"], 0, targets)
+        stored, own = load_file(Path(folder, "adapter_model.safetensors")), adapters(model)
+        if odd := sorted(own.keys() ^ stored.keys()):
+            raise ValueError(f"{len(odd)} tensors are missing or have no place, {odd[0]} for one")
+        for name, p in own.items():
+            if stored[name].shape != p.shape or not stored[name].isfinite().all():
+                raise ValueError(f"{name} has another shape than its layer, or holds NaN or infinity")
+            p.copy_(stored[name])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, ArithmeticError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{flag} {folder}: no adapter of this model: {reason}") from error
+        raise InputError(f"{flag} {folder}: no adapter of this model: {first_line(error)}") from error
 
 
 def merged_weights(model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """{name: weights of the model without adapters, which are added to them}, in `dtype`, on the CPU."""
-    layers = {f"{name}.weight": layer for name, layer in adapted(model).items()}
-    names = {name: p for name, p in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))}
-    return {
-        name: (layers[name].merged() if name in layers else p).detach().to("cpu", dtype)
-        for name, p in names.items()
-    }
+    """{name: weights of the model, with the adapters added to them}, in `dtype`, on the CPU."""
+    base = {n: p.detach().to("cpu", dtype) for n, p in model.named_parameters() if ".lora_" not in n}
+    layers = block_layers(model, LoRALinear).items()
+    return base | {f"{name}.weight": layer.merged().to("cpu", dtype) for name, layer in layers}
 
 
 @torch.no_grad()
-def merge_cost(model, prompts: list[list[int]]) -> str:
+def merge_cost(model, prompts: list[torch.Tensor]) -> str:
     """One line: how far the logits of merged weights, rounded to the model's dtype, are from those with the
-    adapter apart, and how far these are from the start model's. They are root mean squares over the last 64
-    positions of each prompt. The merged weights exist one layer at a time, so this needs no second model."""
-    layers, head = adapted(model).values(), model.get_output_embeddings().weight
-
-    def logits(weight=None):
+    adapters apart, and how far these are from the start model's, as root mean squares over the last 64
+    positions of each prompt [1, n]. The merged weights exist one layer at a time, so that no second model is
+    in memory."""
+    layers, logits = block_layers(model, LoRALinear).values(), []
+    for weight in None, LoRALinear.merged, lambda layer: layer.weight:
         for layer in layers if weight else ():
-            layer.forward = lambda x, layer=layer: linear(x, weight(layer).to(x.dtype), layer.bias)
-        batches = [torch.tensor([ids], device=head.device) for ids in prompts]
-        hidden = [model.base_model(input_ids=x, use_cache=False).last_hidden_state[0, -64:] for x in batches]
-        for layer in layers if weight else ():
-            del layer.forward
-        return (torch.cat(hidden) @ head.T).float()
-
-    apart = logits()
-    lost, moved = ((logits(f) - apart).square().mean().sqrt().item() for f in (LoRALinear.merged, lambda x: x.weight))
-    kind = str(model.dtype).removeprefix("torch.")
-    return (
-        f"merged in {kind}, the adapter gives logits that are {lost:.2g} away from those of the adapter apart, "
-        f"which are {moved:.2g} away from the start model's"
-    )
+            layer.forward = lambda x, f=weight, own=layer: linear(x, f(own).to(x.dtype), own.bias)
+        logits.append(torch.cat([model(ids.to(model.device)).logits[0, -64:].float() for ids in prompts]))
+    for layer in layers:
+        del layer.forward
+    lost, moved = ((x - logits[0]).square().mean().sqrt().item() for x in logits[1:])
+    return f"merged weights: their rounding moves the logits by {lost:.2g}, the adapters did by {moved:.2g}"

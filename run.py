@@ -14,10 +14,11 @@ The directory (--output_dir) holds
     metrics.jsonl        one object for each step
     transcripts.jsonl    some whole episodes of each step
     checkpoint-N/        a Hugging Face directory with trainer_state.json and optimizer.safetensors, which
-                         has the lower halves of bf16 weights too
+                         has the lower halves of bf16 weights too; with --lora_r the adapter, not the model
     eval.json            the evaluation before and after training
     lock                 held while a process runs in it, see disk.lock
     *.safetensors, ...   the final weights: the directory itself is a Hugging Face directory
+    adapter/             with --lora_r the final adapter, which those weights have merged in, see lora.py
 
 Resuming is exact on a CPU: a run of N steps that was stopped and resumed has the same weights and metrics,
 except times, bit for bit, as one that was never stopped. This rests on four things. The questions and the
@@ -325,8 +326,8 @@ class Run:
         """Checks the disk space and writes run.json. With --resume it loads the newest checkpoint. At step 0
         it evaluates the start model."""
         config = self.config
-        # A checkpoint takes 12 bytes a trained parameter (32 bits of a weight, two moments), and during a save
-        # there is one more than the limit.
+        # A checkpoint takes 12 bytes a trained parameter (32 bits of a weight, two moments), and during a
+        # save there is one more than the limit.
         to_come = config.save_total_limit + 1 - len(checkpoints(self.out))
         final = 4 if config.save_fp32 else self.model.dtype.itemsize
         trained = sum(p.numel() for p in self.optimizer.parameters.values())
@@ -349,15 +350,17 @@ class Run:
             self.evaluate("before")
 
     def finish(self):
-        """Writes the final weights, evaluates them, and prints the table."""
+        """Writes the final weights, evaluates them, and prints the table. With --lora_r the written weights
+        have the adapters merged in, and the evaluated ones have them apart, as in training."""
         try:
             full = None
             if self.config.lora_r:
-                save_adapter(self.model, self.out / "adapter", self.config.model)
-                questions = [q for rows in self.sources.values() for q in rows[:4]]
-                prompts = [render(self.method.template, q, self.tokenizer) for q in questions]
+                save_adapter(self.model, self.out / "adapter", self.config)
+                questions = [q for rows in self.sources.values() for q in rows[:2]]
+                prompts = [torch.tensor([render(self.method.template, q, self.tokenizer)]) for q in questions]
                 print(merge_cost(self.model, prompts))
-                full = merged_weights(self.model, torch.float32 if self.config.save_fp32 else self.model.dtype)
+                dtype = torch.float32 if self.config.save_fp32 else self.model.dtype
+                full = merged_weights(self.model, dtype)
             elif self.config.save_fp32:
                 full = self.optimizer.full_weights()
             write_model(self.model, self.tokenizer, self.out, full)
@@ -438,7 +441,7 @@ class Run:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             if self.config.lora_r:
-                save_adapter(self.model, temporary, self.config.model)
+                save_adapter(self.model, temporary, self.config)
             else:
                 write_model(self.model, self.tokenizer, temporary)
             save_file(self.optimizer.state_dict(), temporary / "optimizer.safetensors")
