@@ -34,7 +34,7 @@ from model import first_line
 # of the latter are set in every file of peft, for methods that other entries switch on.
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "init_lora_weights": True}
 HARMLESS = set("base_model_name_or_path revision inference_mode peft_version lora_dropout".split())
-HARMLESS |= set("r lora_alpha target_modules megatron_core qalora_group_size".split())
+HARMLESS |= set("r lora_alpha target_modules auto_mapping megatron_core qalora_group_size".split())
 
 
 class LoRALinear(torch.nn.Module):
