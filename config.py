@@ -64,7 +64,7 @@ class Config:
     num_iterations: int = 1  # optimizer steps on one batch of episodes (ReSearch: mini-batch = batch, so 1)
     # optimizer
     max_steps: int = 200  # training steps (SEM)
-    learning_rate: float = 1e-6  # of AdamW; steps far below the precision of bf16, see optim.py (ReSearch)
+    learning_rate: float = 1e-6  # of AdamW; far below the precision of bf16 (ReSearch); with --lora_r 4e-5
     warmup_steps: int = 10  # linear warm-up, then constant (our choice)
     weight_decay: float = 0.01  # of AdamW; at a learning rate of 1e-6 it is lost in rounding (verl's value)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (verl, ReSearch's framework)
