@@ -416,19 +416,20 @@ def test_7b_leaves_30_gb_of_80():
 @pytest.mark.parametrize("r", [0, 4])
 def test_gradients_that_are_reserved_for(world, monkeypatch, r):
     """On a GPU half of the memory is for activations, after what is allocated later: with adapters no
-    gradient of a weight or of the head. Here the GPU has room for ten times the weights."""
-    model = make_model()
-    weights, head = sum(p.nbytes for p in model.parameters()), model.get_output_embeddings().weight.nbytes
-    free = 10 * weights + (2 << 30) + 16 * 16 * VOCABULARY
+    gradient of a weight or of the head. This GPU has room for 100 tokens, or one byte less."""
     flags = world | ({"lora_r": str(r)} if r else {}) | {"rollout_slots": "4"}
     run = Run(resolve(*parse(Config, "grpo.py", [*arguments(flags), "--no-bf16"])))
-    monkeypatch.setattr(module.torch.cuda, "mem_get_info", lambda: (free, free))
+    gradients = sum(p.nbytes for p in (adapters(run.model).values() if r else run.model.parameters()))
+    gradients += 0 if r else run.model.get_output_embeddings().weight.nbytes
+    layers, width, rows = 2, 32, 16
+    free = gradients + (2 << 30) + 4 * 4 * rows * VOCABULARY + 2 * 100 * layers * width * 80
     monkeypatch.setattr(module, "ModelRunner", lambda *arguments: None)
-    run.config = replace(run.config, micro_batch_tokens=0)
-    run.resolve_sizes("cuda", 8)
-    gradients = sum(p.nbytes for p in adapters(run.model).values()) if r else weights + head
-    tokens = int((10 * weights - gradients) / 2 / (2 * 32 * 80))
-    assert run.config.micro_batch_tokens == tokens
+    settings = replace(run.config, micro_batch_tokens=0)
+    for missing in (0, 1):
+        monkeypatch.setattr(module.torch.cuda, "mem_get_info", lambda n=missing: (free - n, free))
+        run.config = settings
+        run.resolve_sizes("cuda", 8)
+        assert run.config.micro_batch_tokens == 100 - missing
 
 
 def test_the_room_on_the_disk(world, monkeypatch):
