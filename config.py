@@ -64,11 +64,13 @@ class Config:
     num_iterations: int = 1  # optimizer steps on one batch of episodes (ReSearch: mini-batch = batch, so 1)
     # optimizer
     max_steps: int = 200  # training steps (SEM)
-    learning_rate: float = 1e-6  # of AdamW; steps far below the precision of bf16, see optim.py (ReSearch)
+    learning_rate: float = 1e-6  # of AdamW; far below the precision of bf16 (ReSearch); with --lora_r 4e-5
     warmup_steps: int = 10  # linear warm-up, then constant (our choice)
     weight_decay: float = 0.01  # of AdamW; at a learning rate of 1e-6 it is lost in rounding (verl's value)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (verl, ReSearch's framework)
     micro_batch_tokens: int = 0  # padded tokens of one pass; 0: what fits, computed once (our choice)
+    lora_r: int = 0  # rank of adapters that are trained in place of the weights, see lora.py; 0: all weights
+    lora_alpha: int | None = None  # an adapter's change is multiplied by lora_alpha / lora_r; none: 32 (TRL)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     bf16: bool | None = None  # a bf16 model, see optim.py; none: yes on a GPU, no on a CPU
     # files
@@ -97,6 +99,11 @@ TOY = {  # defaults of the toy world; they differ from those above because the w
     "warmup_steps": 5,
     "bf16": False,
 }
+LORA = {  # defaults of a run with --lora_r. The rate is that of the Tinker cookbook's search runs (rank 32).
+    "learning_rate": 4e-5,
+    "lora_alpha": 32,
+}
+TOY_LORA = LORA | {"learning_rate": 1e-3}  # in the toy world: measured, see bench/RESULTS.md
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,6 +133,8 @@ RANGES = {  # flag: smallest and largest value
     "warmup_steps": (0, math.inf),
     "weight_decay": (0, math.inf),
     "max_grad_norm": (1e-9, math.inf),
+    "lora_r": (0, math.inf),
+    "lora_alpha": (1, math.inf),
     "micro_batch_tokens": (0, math.inf),
     "save_steps": (1, math.inf),
     "save_total_limit": (1, math.inf),
@@ -169,6 +178,8 @@ def check(config: Config) -> Config:
         raise InputError(f"--reward {config.reward}: it cannot read what --method {config.method} writes")
     if config.sem_kept is not None and reward is not REWARDS["sem"]:
         raise InputError(f"--sem_kept {config.sem_kept}: only for the reward sem")
+    if config.lora_alpha is not None and not config.lora_r:
+        raise InputError(f"--lora_alpha {config.lora_alpha}: only with --lora_r")
     if config.simulator and not method.simulated:
         raise InputError(f"--simulator {config.simulator}: --method {config.method} does not use one")
     if method.simulated and config.retriever and not config.simulator:

@@ -126,8 +126,8 @@ def flush_names(folder: Path):
 
 
 def write_model(model, tokenizer, folder: Path, full: dict | None = None):
-    """Writes a Hugging Face directory that transformers 4.57 and 5 read alike, with the fp32 weights `full`
-    in place of the model's if they are given. Raises OSError and SafetensorError.
+    """Writes a Hugging Face directory that transformers 4.57 and 5 read alike, with the weights `full`, all
+    of one dtype, in place of the model's if they are given. Raises OSError and SafetensorError.
 
     transformers 5 writes names that version 4 does not know. Version 4 would refuse the tokenizer, and would
     silently read the model with another base of the rotary embedding. So both names are written."""
@@ -159,5 +159,5 @@ def write_model(model, tokenizer, folder: Path, full: dict | None = None):
         elif rope.get("rope_type", "default") != "default":
             settings["rope_scaling"] = rope
     if full:
-        settings["dtype"] = "float32"
+        settings["dtype"] = str(next(iter(full.values())).dtype).removeprefix("torch.")
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -3,6 +3,7 @@ should.
 
     python evaluate.py --model out/sem --data hotpotqa,gsm8k,mmlu,musique --corpus corpus.jsonl
     python evaluate.py --model out/sem --baseline rag ...       # or direct, cot, always
+    python evaluate.py --model Qwen/Qwen2.5-7B-Instruct --adapter out/sem/adapter ...           # see lora.py
     python evaluate.py --model out/ssrl --real_searches 3 ...   # SSRL with real search (or all, or entropy)
 
 The questions of each data set go through the sampler of training, with temperature 0, in up to three passes:
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from config import check_date, check_ranges, check_writable, fail, parse
 from data import Episode, InputError, Question, load_sets
 from disk import append_rows
+from lora import load_adapter
 from measures import JudgeError, Record, is_right, judge, measure, report, verdicts
 from model import check_prompts, load_model, probe
 from prompts import COT, DIRECT, RAG, Template, encode_foreign, passage, set_date
@@ -50,6 +52,7 @@ class Config:
     """Evaluates a model with search: its answers, its searches, and when it searches."""
 
     model: str = ""  # hub id or local directory
+    adapter: str = ""  # directory of a LoRA adapter of --model, such as out/sem/adapter, see lora.py
     data: str = ""  # data sets, comma-separated: a name (hub), name:path, or a path to JSONL
     method: str = ""  # the method whose prompt the model was trained on; none: as its run.json says, else sem
     baseline: str = ""  # in place of the method: direct, cot, rag (retrieve once), always (search is forced)
@@ -185,9 +188,11 @@ def retrieve_once(sets: dict[str, list[Question]], retriever, topk: int, max_doc
 
 
 def as_trained(config: Config, given: set[str]) -> Config:
-    """Takes the method and the budget from the run.json of the model, except for what is `given`."""
-    folder = Path(config.model)
-    run = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+    """Takes the method and the budget from the run.json of the model, or of the adapter if there is one,
+    except for what is `given`."""
+    folder = Path(config.adapter or config.model)
+    inside = folder.name.startswith("checkpoint-") or folder.name == "adapter"
+    run = (folder.parent if inside else folder) / "run.json"
     today = date.today().isoformat()
     if not run.exists():
         return replace(config, method=config.method or "sem", date=config.date or today)
@@ -297,6 +302,8 @@ def main(config: Config, given: set[str] = frozenset()):
         max_searches = int(real) if real.isdecimal() else max_searches
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tokenizer = load_model(config.model, device, dtype)
+    if config.adapter:
+        load_adapter(model, config.adapter)
     set_date(tokenizer, config.date)
     closed_book, rag = config.closed_book, config.baseline == "rag"
     plain = {(name, q.id): q for name, rows in sets.items() for q in rows}  # the judge sees no documents

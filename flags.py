@@ -40,6 +40,7 @@ PEERS = {  # flag: what other programs call it, mainly TRL and verl
     "learning_rate": "lr",
     "warmup_steps": "lr_warmup_steps warmup_ratio",
     "max_grad_norm": "grad_clip",
+    "lora_r": "lora_rank use_peft",
     "micro_batch_tokens": "ppo_max_token_len_per_gpu gradient_accumulation_steps",
     "save_steps": "save_freq",
     "save_total_limit": "max_actor_ckpt_to_keep",

@@ -4,8 +4,8 @@ with. This file is the algorithm, in the order in which things happen:
     questions -> episodes through the search loop -> rule-based rewards -> advantages in each group
     -> clipped policy gradient with a KL term, on the policy's own tokens only -> AdamW step -> record
 
-What this is not: there is no value model and no inference server, and no LoRA. Files, checkpoints and signals
-are in run.py, flags in config.py. `world` is for several GPUs; with one its methods do nothing (world.py).
+What this is not: there is no value model and no inference server. Files and checkpoints are in run.py, flags
+in config.py. `world` is for several GPUs; with one its methods do nothing (world.py).
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct --train musique,mmlu --output_dir out/sem
@@ -34,7 +34,8 @@ from disk import lock
 from measures import step_metrics
 from optim import clip_factor
 from rollout import rollout, split_by_tokens
-from run import Run, SaveError, Signals, hold_signals, place, resolve
+from run import Run, SaveError, place, resolve
+from signals import Signals, hold_signals
 from simulator import noise_share
 from world import ALONE, World
 

@@ -29,6 +29,7 @@ import grpo
 from config import Config as TrainingConfig
 from config import check_date, check_ranges, fail, parse
 from data import Episode, InputError, Question
+from lora import load_adapter
 from model import check_prompts, load_model, probe
 from prompts import set_date
 from retriever import RetrieverError, open_retriever
@@ -48,6 +49,7 @@ class Config:
     """Prints one episode token by token, and whether the sampler and the loss agree about it."""
 
     model: str = ""  # hub id or local directory
+    adapter: str = ""  # directory of a LoRA adapter of --model, see lora.py
     question: str = ""  # what the model is asked
     method: str = ""  # the method whose prompt the model was trained on; none: as its run.json says, else sem
     corpus: str = ""  # JSONL of {"id", "contents"}; ssrl needs none, and with one it searches there
@@ -70,7 +72,7 @@ def check(config: Config, given: set[str] = frozenset()) -> Config:
             raise InputError(f"--{name} is needed")
     if config.question.encode(errors="replace").decode() != config.question:
         raise InputError("--question: it is not UTF-8")
-    shared = "model", "method", "date", *BUDGET
+    shared = "model", "adapter", "method", "date", *BUDGET
     stored = evaluate.as_trained(evaluate.Config(**{n: getattr(config, n) for n in shared}), given)
     config = replace(config, **{name: getattr(stored, name) for name in shared})
     check_ranges(config, RANGES)
@@ -155,6 +157,8 @@ def main(config: Config, given: set[str] = frozenset()) -> int:
     config, device = check(config, given), "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tokenizer = load_model(config.model, device, dtype)
+    if config.adapter:
+        load_adapter(model, config.adapter)
     set_date(tokenizer, config.date)
     episode = sample(config, model, tokenizer)
     scored = score(config, model, episode, len(tokenizer))

@@ -38,7 +38,10 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
     boolean; only decode steps on a GPU have a kernel of their own (runner.step_hidden)."""
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise InputError(f"{flag} {name}: no such directory")
-    adapter = "it holds an adapter (adapter_config.json); merge it into its base model"
+    adapter = (
+        "it holds an adapter (adapter_config.json): give its base model as --model, and this as --adapter "
+    )
+    adapter += "of evaluate.py or look.py; to train, merge it first"
     # peft would apply it, to merged weights too
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         raise InputError(f"{flag} {name}: {adapter}, or remove that file if the weights are merged already")

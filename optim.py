@@ -60,14 +60,15 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
 
 
 class AdamW:
-    """The optimizer of all parameters of a model. `lr` can be set before every step.
+    """The optimizer of all parameters of a model that are not frozen. `lr` can be set before every step.
 
     The state of a parameter has two moments, the number of its steps and, if it is in bf16, the lower halves.
     They are 0 at first, as in a bf16 checkpoint; those of an fp32 checkpoint come with `load_weights`."""
 
     def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float):
         self.lr, self.weight_decay = lr, weight_decay
-        self.parameters = dict(model.named_parameters())  # a head tied to the embedding occurs once
+        # a head tied to the embedding occurs once
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         for name, p in self.parameters.items():
             moments = {key: torch.zeros_like(p, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}

@@ -1,4 +1,4 @@
-"""A run and its directory: what it is made of, its checkpoints and logs, and what a signal does to it.
+"""A run and its directory: what it is made of, its checkpoints and its logs.
 
     with lock(out):                    # no second process writes into the directory of the run
     config = resolve(config, given)    # adds what the command line leaves open: a stored run or the toy world
@@ -14,10 +14,11 @@ The directory (--output_dir) holds
     metrics.jsonl        one object for each step
     transcripts.jsonl    some whole episodes of each step
     checkpoint-N/        a Hugging Face directory with trainer_state.json and optimizer.safetensors, which
-                         has the lower halves of bf16 weights too
+                         has the lower halves of bf16 weights too; with --lora_r the adapter, not the model
     eval.json            the evaluation before and after training
     lock                 held while a process runs in it, see disk.lock
     *.safetensors, ...   the final weights: the directory itself is a Hugging Face directory
+    adapter/             with --lora_r the final adapter, which those weights have merged in, see lora.py
 
 Resuming is exact on a CPU: a run of N steps that was stopped and resumed has the same weights and metrics,
 except times, bit for bit, as one that was never stopped. This rests on four things. The questions and the
@@ -39,7 +40,6 @@ import copy
 import json
 import os
 import shutil
-import signal
 import sys
 from dataclasses import asdict, fields, replace
 from datetime import date
@@ -52,10 +52,11 @@ from tqdm import tqdm
 
 import toy
 from cache import context_length, kv_bytes
-from config import TOY, Config, check, check_writable
+from config import LORA, TOY, TOY_LORA, Config, check, check_writable
 from data import Episode, InputError, Question, load_sets
 from disk import append_rows, checkpoints, drop_later_rows, flush, flush_names, replace_bytes, write_model
 from evaluate import evaluate
+from lora import add_adapters, load_adapter, merge, save_adapter
 from measures import markdown, summary
 from model import check_prompts, load_model, probe, stored_types
 from optim import AdamW, local, rounding_notes
@@ -63,69 +64,9 @@ from prompts import render, set_date
 from retriever import open_retriever
 from reward import METHODS, REWARDS, dialect
 from runner import ModelRunner
+from signals import Signals, hold_signals
 from simulator import HELPFUL, CorpusSimulator, ModelSimulator
 from world import ALONE, World
-
-# ------------------------------------------------------------------------------------------------------------
-# signals
-
-
-class Signals:
-    """What SIGINT and SIGTERM do during training; a context manager that installs the handlers.
-
-    The first signal stops the run at a point where no step is half done. If the weights have not changed yet,
-    it raises KeyboardInterrupt at once and the step under way is dropped, because a step of a large model
-    takes minutes and schedulers wait 30 seconds. From `hold` to `release` it waits: that is from the first
-    change of the weights until the step is recorded and its checkpoint, if one is due, is written. A second
-    signal ends the program at once, unless a checkpoint is being written, which is always completed.
-
-    With several processes all have to stop at the same point. So a signal is kept until the next `hold` or
-    `release`, where the processes ask each other. torchrun passes it on to all of them, more than once, and
-    kills them after 30 seconds (--shutdown-timeout)."""
-
-    installed: Signals | None = None
-
-    def __init__(self, world: World = ALONE):
-        self.world, self.received, self.held, self.writing = world, 0, False, False
-
-    def __enter__(self):
-        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
-        Signals.installed = self
-        return self
-
-    def __exit__(self, *error):
-        Signals.installed = None
-        if self.world.size > 1 and error[0]:  # torchrun ends this process now, which first has to say why
-            return
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def __call__(self, number, frame):
-        self.received += 1
-        if self.writing or self.world.size > 1:
-            return
-        if self.received > 1:
-            os._exit(130)
-        if not self.held:
-            raise KeyboardInterrupt
-
-    def hold(self):
-        if self.world.size > 1 and not self.held:
-            self.release()
-        self.held = True
-
-    def release(self):
-        self.held = False
-        if self.world.most(self.received):
-            raise KeyboardInterrupt
-
-
-def hold_signals():
-    """Lets a first signal wait until the step is recorded. Does nothing outside of training, so that `update`
-    can be called from anywhere."""
-    if Signals.installed:
-        Signals.installed.hold()
-
 
 # ------------------------------------------------------------------------------------------------------------
 # from the command line to the settings of a run
@@ -158,6 +99,12 @@ def resolve(config: Config, given: set[str]) -> Config:
     if toy_run:
         defaults = TOY | {"output_dir": config.output_dir}
         config = replace(config, **{name: value for name, value in defaults.items() if name not in given})
+    if config.lora_r:
+        missing = {n: x for n, x in (TOY_LORA if toy_run else LORA).items() if n not in given}
+        config = replace(config, **missing)
+        if "learning_rate" in missing:
+            source = "bench/RESULTS.md" if toy_run else "the Tinker cookbook's search runs with rank 32"
+            print(f"--lora_r without --learning_rate: {config.learning_rate:g}, from {source}")
     if config.bf16 is None:
         config = replace(config, bf16=torch.cuda.is_available())
     if (out / "run.json").exists():
@@ -244,14 +191,18 @@ class Run:
         questions = [q for sets in (self.sources, self.eval_sets) for rows in sets.values() for q in rows]
         longest = check_prompts(self.model, self.tokenizer, self.method.template, questions)
         probe(self.model, self.tokenizer, longest + config.max_completion_length)
-        # with several processes the model that samples is not trained itself, but a copy in shards
-        self.trainee = self.model if world.size == 1 else world.shard(copy.deepcopy(self.model))
+        start = None  # with adapters, the start model, whose weights are those of the model
+        if config.lora_r:
+            start = add_adapters(self.model, config.lora_r, config.lora_alpha, config.seed)
+        # With several processes the model that samples is not trained itself, but a copy in shards. Adapters
+        # are small, and the frozen weights have to be here as a whole anyway.
+        in_shards = world.size > 1 and not start
+        self.trainee = world.shard(copy.deepcopy(self.model)) if in_shards else self.model
         self.optimizer = AdamW(self.trainee, config.learning_rate, config.weight_decay)
-        if config.bf16 and stored_types(config.model) != {"BF16"}:
-            self.optimizer.load_weights(
-                world.shard(load_model(config.model, "cpu")[0])
-            )  # with their lower halves
-        self.reference = world.shard(copy.deepcopy(self.model)) if config.beta else None
+        if config.bf16 and not start and stored_types(config.model) != {"BF16"}:
+            stored = load_model(config.model, "cpu")[0]
+            self.optimizer.load_weights(world.shard(stored))  # with their lower halves
+        self.reference = (start or world.shard(copy.deepcopy(self.model))) if config.beta else None
         if config.gradient_checkpointing:
             self.trainee.gradient_checkpointing_enable({"use_reentrant": False})
         self.resolve_sizes(device, longest)
@@ -287,10 +238,10 @@ class Run:
         if device == "cuda":
             # Allocated later: gradients, that of the head in fp32 too; a chunk of logits (2 GB); and the
             # logits of a decode step, four times while its graph is recorded.
-            size, head = self.model.dtype.itemsize, self.model.get_output_embeddings().weight
-            logits = 4 * size * rows * len(self.tokenizer)
-            trained = sum(local(p).nbytes for p in self.trainee.parameters())
-            reserved = trained + 4 * head.numel() + (2 << 30) + logits
+            head, logits = self.model.get_output_embeddings().weight, rows * len(self.tokenizer)
+            gradients = sum(local(p).nbytes for p in self.optimizer.parameters.values())
+            gradients += 4 * head.numel() if head.requires_grad else 0
+            reserved = gradients + (2 << 30) + 4 * self.model.dtype.itemsize * logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
             memory = -self.world.most(-memory)  # the least of all processes
         elif parameters < 1e7:
@@ -318,9 +269,10 @@ class Run:
         model = sum(local(p).nbytes for p in self.trainee.parameters())
         entries = self.optimizer.state_dict().items()
         lower = sum(local(x).nbytes for key, x in entries if key.endswith(".lower"))
-        sizes = {"weights": model + lower, "gradients": model}
+        gradients = sum(local(p).nbytes for p in self.optimizer.parameters.values())
+        sizes = {"weights": model + lower, "gradients": gradients}
         sizes["moments"] = sum(local(x).nbytes for key, x in entries if ".exp_avg" in key)
-        sizes["start model"] = model if self.reference else 0
+        sizes["start model"] = model if self.reference and not self.config.lora_r else 0
         if self.trainee is not self.model:
             sizes["sampling copy"] = sum(p.nbytes for p in self.model.parameters())
         sizes["cache"] = sum(x.nbytes for x in self.runner.cache.keys + self.runner.cache.values)
@@ -337,11 +289,12 @@ class Run:
         """Checks the disk space and writes run.json. With --resume it loads the newest checkpoint. At step 0
         it evaluates the start model."""
         config = self.config
-        # A checkpoint takes 12 bytes a parameter (32 bits of a weight, two moments), and during a save there
-        # is one more than the limit.
+        # A checkpoint takes 12 bytes a trained parameter (32 bits of a weight, two moments), and during a
+        # save there is one more than the limit.
         to_come = config.save_total_limit + 1 - len(checkpoints(self.out))
         final = 4 if config.save_fp32 else self.model.dtype.itemsize
-        space = (12 * max(1, to_come) + final) * sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.optimizer.parameters.values())
+        space = 12 * max(1, to_come) * trained + final * sum(p.numel() for p in self.model.parameters())
         if (free := shutil.disk_usage(check_writable(self.out, "--output_dir")).free) < space:
             need = f"{free / 1e9:.2f} GB are free, checkpoints and the result need {space / 1e9:.2f} GB"
             raise InputError(f"--output_dir {self.out}: {need}")
@@ -360,9 +313,16 @@ class Run:
             self.evaluate("before")
 
     def finish(self):
-        """Writes the final weights, evaluates them, and prints the table."""
+        """Writes the final weights, evaluates them, and prints the table. With --lora_r the written weights
+        have the adapters merged in, and the evaluated ones have them apart, as in training."""
         try:
-            full = self.optimizer.full_weights(self.world.whole) if self.config.save_fp32 else None
+            full, lora = None, self.config.lora_r
+            if self.config.save_fp32 and not lora:
+                full = self.optimizer.full_weights(self.world.whole)
+            if self.writes and lora:
+                questions = [q for rows in self.sources.values() for q in rows[:2]]
+                prompts = [render(self.method.template, q, self.tokenizer) for q in questions]
+                full = merge(self.model, self.out / "adapter", self.config, prompts)
             if self.writes:
                 write_model(self.model, self.tokenizer, self.out, full)
         except (OSError, SafetensorError) as error:
@@ -452,7 +412,10 @@ class Run:
             Signals.installed.writing = True
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            write_model(self.model, self.tokenizer, temporary)
+            if self.config.lora_r:
+                save_adapter(self.model, temporary, self.config)
+            else:
+                write_model(self.model, self.tokenizer, temporary)
             save_file(state, temporary / "optimizer.safetensors")
             (temporary / "trainer_state.json").write_text(json.dumps({"global_step": self.step}))
             flush(temporary)
@@ -487,7 +450,10 @@ class Run:
         step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
         state = load_file(folder / "optimizer.safetensors")
         self.optimizer.load_state_dict(self.world.cut(state, self.optimizer.state_dict()))
-        stored = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")[0].state_dict()
-        self.trainee.load_state_dict(self.world.cut(stored, self.trainee.state_dict()))
-        self.refresh_sampler()
+        if self.config.lora_r:
+            load_adapter(self.model, folder, "--resume")
+        else:
+            stored = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")[0].state_dict()
+            self.trainee.load_state_dict(self.world.cut(stored, self.trainee.state_dict()))
+            self.refresh_sampler()
         self.step = step

@@ -35,6 +35,7 @@ RUNS = {  # name: words for `run`, and flags
     "plain": "--num_iterations 2 --eval_size 3",
     "tied": "silent skipped --model tied --gradient_checkpointing --max_steps 2 --eval=",
     "bf16": "--bf16 --learning_rate 0.00001 --save_fp32 --eval=",
+    "lora": "--lora_r 4 --learning_rate 0.01 --max_steps 2 --eval=",
 }
 MISTAKES = {  # flags, and the line that they are answered with
     "--prompts_per_step 5": "--prompts_per_step 5: 2 processes cannot share it evenly",

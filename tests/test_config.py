@@ -58,16 +58,17 @@ def test_a_number_out_of_its_range_is_named(name):
     """The bounds themselves are allowed. The next number outside of them, nan and infinity are not."""
     low, high = RANGES[name]
     integer = kinds()[name] is int
+    config = Config(lora_r=8)  # --lora_alpha needs it
     for value in (low, high):
         if value != math.inf:
-            assert getattr(check(replace(Config(), **{name: value})), name) == value
+            assert getattr(check(replace(config, **{name: value})), name) == value
     outside = [low - 1 if integer else math.nextafter(low, -math.inf), math.nan, math.inf, -math.inf]
     if high != math.inf:
         outside.append(high + 1 if integer else math.nextafter(high, math.inf))
     bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
     for value in outside:
         with pytest.raises(InputError) as error:
-            check(replace(Config(), **{name: value}))
+            check(replace(config, **{name: value}))
         assert str(error.value) == f"--{name} {value}: must be a number {bounds}"
 
 

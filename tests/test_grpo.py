@@ -26,7 +26,7 @@ from measures import step_metrics
 from optim import AdamW
 from retriever import BM25, Remote
 from reward import METHODS, REWARDS, Reward
-from run import Signals
+from signals import Signals
 from simulator import CorpusSimulator
 
 CONFIG = Config(bf16=False)

@@ -73,7 +73,7 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["plain", "tied"])
+@pytest.mark.parametrize("name", ["plain", "tied", "lora"])
 def test_some_processes_make_the_run_of_one(runs, name, size):
     """plain: two iterations and an evaluation of three questions, of which a rank of four gets none. tied: a
     tied head, recomputed activations, ranks without a loss token, and a step that is left out."""

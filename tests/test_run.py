@@ -29,7 +29,8 @@ from config import TOY, Config, parse
 from data import InputError
 from retriever import BM25
 from reward import METHODS
-from run import Signals, checkpoints, hold_signals, resolve
+from run import checkpoints, resolve
+from signals import Signals, hold_signals
 from simulator import CorpusSimulator, ModelSimulator
 
 ROOT = Path(__file__).parent.parent
