@@ -241,6 +241,8 @@ class Run:
             head, logits = self.model.get_output_embeddings().weight, rows * len(self.tokenizer)
             gradients = sum(local(p).nbytes for p in self.optimizer.parameters.values())
             gradients += 4 * head.numel() if head.requires_grad else 0
+            if self.trainee is not self.model:  # embedding and head, gathered, with their gradients in fp32
+                gradients += 16 * head.numel()
             reserved = gradients + (2 << 30) + 4 * self.model.dtype.itemsize * logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
             memory = -self.world.most(-memory)  # the least of all processes

@@ -1,9 +1,11 @@
-"""What SIGINT and SIGTERM do to a run: it stops where no step is half done, and its last step is saved.
+"""What SIGINT and SIGTERM do to a run: it stops where no step is half done.
 
-with Signals() as signals:
-    ...                        # a signal raises KeyboardInterrupt
-    hold_signals()             # from here on it waits
-    signals.release()          # if there was one, KeyboardInterrupt is raised here
+    with Signals() as signals:
+        ...                        # a signal raises KeyboardInterrupt
+        hold_signals()             # from here on it waits
+        signals.release()          # if there was one, KeyboardInterrupt is raised here
+
+grpo.train catches it and writes a checkpoint.
 """
 
 from __future__ import annotations
