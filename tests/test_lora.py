@@ -27,7 +27,16 @@ import run as module
 from config import LORA, TOY_LORA, Config, check, parse
 from data import InputError
 from kernels import chunked
-from lora import LoRALinear, adapters, add_adapters, block_layers, load_adapter, merged_weights, save_adapter
+from lora import (
+    LoRALinear,
+    adapters,
+    add_adapters,
+    block_layers,
+    load_adapter,
+    merge_cost,
+    merged_weights,
+    save_adapter,
+)
 from model import load_model
 from optim import AdamW
 from reward import METHODS
@@ -332,7 +341,7 @@ def test_the_figure_of_the_merge_is_that_of_the_merged_model(as_model, tmp_path,
             gaps = [(model(x).logits.float() - other(x).logits.float()).flatten() for x in ids]
         return torch.cat(gaps).square().mean().sqrt().item()
 
-    line, before = module.merge_cost(model, prompts), logits(model)
+    line, before = merge_cost(model, prompts), logits(model)
     lost, moved = (float(x) for x in re.findall(r"by (\S+?),? ?(?=the|$)", line))
     assert moved == pytest.approx(distance(start), rel=0.06)
     assert lost == pytest.approx(distance(merged), rel=0.06, abs=1e-6 if dtype == torch.float32 else 0)
@@ -393,7 +402,7 @@ def a_run(model, start) -> Run:
     """A run without data or cache, which can say what is in memory."""
     run = Run.__new__(Run)
     run.config, run.model, run.reference = Config(lora_r=32, lora_alpha=32), model, start
-    run.optimizer = AdamW(model, 4e-5, 0.01)
+    run.trainee, run.optimizer = model, AdamW(model, 4e-5, 0.01)
     run.runner = SimpleNamespace(cache=SimpleNamespace(keys=[], values=[]))
     return run
 
