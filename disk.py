@@ -131,6 +131,8 @@ def write_model(model, tokenizer, folder: Path, full: dict | None = None):
 
     transformers 5 writes names that version 4 does not know. Version 4 would refuse the tokenizer, and would
     silently read the model with another base of the rotary embedding. So both names are written."""
+    if full:
+        full = {name: x for name, x in model.named_buffers() if name in model.state_dict()} | full
     model.save_pretrained(folder, state_dict=full)
     try:
         tokenizer.save_pretrained(folder)

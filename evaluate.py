@@ -104,8 +104,7 @@ def evaluate(
     `closed_book` adds the closed-book pass and, if there is a retriever, the forced pass. `force` forces the
     search in the normal pass too. `samples` adds that many sampled episodes for each question. `log(set,
     pass, episodes)` is called with the episodes of each pass. Questions whose search failed are left out,
-    with a warning, because a retriever that is down says nothing about the model. InputError: all of them
-    failed."""
+    with a warning, because a retriever that is down says nothing about the model."""
     table = {}
     for name, questions in sets.items():
 
@@ -136,11 +135,15 @@ def evaluate(
             of_question = {kind: episodes[i] for kind, episodes in passes.items()}
             if record := make_record(of_question, sampled[i * samples : (i + 1) * samples], template, tau):
                 table[name].append(record)
-        if not table[name]:
-            raise InputError(f"{name}: the retriever failed on every question")
         if failed := len(questions) - len(table[name]):
             tqdm.write(f"warning: {name}: {failed} searches failed, their questions are left out")
     return table
+
+
+def check_answered(table: dict[str, list[Record]]):
+    """Raises InputError for a set without a record: all its searches have failed."""
+    for name in (name for name, records in table.items() if not records):
+        raise InputError(f"{name}: the retriever failed on every question")
 
 
 def make_record(
@@ -325,6 +328,7 @@ def main(config: Config, given: set[str] = frozenset()):
         entropy_guided=real == "entropy", topk=config.topk, max_doc_tokens=config.max_doc_tokens,
         max_completion_length=config.max_completion_length,
     )  # fmt: skip
+    check_answered(records)
     for name, record in ((name, r) for name, rows in records.items() for r in rows):
         record.searches = 1 if rag else record.searches
         record.known_base = record.id in known.get(name, ()) if known else None

@@ -4,7 +4,7 @@ with. This file is the algorithm, in the order in which things happen:
     questions -> episodes through the search loop -> rule-based rewards -> advantages in each group
     -> clipped policy gradient with a KL term, on the policy's own tokens only -> AdamW step -> record
 
-What this is not: there is no value model and no inference server. Files and checkpoints are in run.py, flags
+There is no value model and no inference server. Files and checkpoints are in run.py, flags
 in config.py. `world` is for several GPUs; with one its methods do nothing (world.py).
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
@@ -329,7 +329,8 @@ def train(run: Run) -> int:
         except SaveError:
             raise
         except InputError:
-            if run.world.size == 1 or run.step > started:  # otherwise it is an error of this process alone
+            # All processes have to take part in a checkpoint. An error inside of a step can be that of one.
+            if run.world.size == 1 or run.step > started:
                 run.save_checkpoint()
             raise
         except torch.OutOfMemoryError as error:

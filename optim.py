@@ -119,7 +119,7 @@ class AdamW:
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]):
         """Copies what `state_dict` returned. Raises ValueError for the state of another model."""
-        own = self.state_dict()
+        own = {key: local(x) for key, x in self.state_dict().items()}
         kinds, given = ({k: (x.shape, x.dtype) for k, x in part.items()} for part in (own, tensors))
         if kinds != given:
             raise ValueError("the state of the optimizer is that of another model")
@@ -138,22 +138,25 @@ class AdamW:
 
     @torch.no_grad()
     def full_weights(self, whole=dict) -> dict[str, torch.Tensor]:
-        """{name: weights in fp32}, on the CPU. `whole` puts shards together, see parallel.World.whole."""
-        weights, state = whole(self.parameters), whole(self.state_dict())
+        """{name: weights in fp32}, on the CPU. `whole` puts shards together, see world.World.whole."""
+        weights = whole(self.parameters)
+        lower = whole({name: state["lower"] for name, state in self.state.items() if "lower" in state})
         return {
-            name: join(p.cpu(), state[f"{name}.lower"].cpu()) if p.dtype == torch.bfloat16 else p.cpu()
+            name: join(p.cpu(), lower[name].cpu()) if name in lower else p.cpu()
             for name, p in weights.items()
         }
 
 
 def rounding_notes(optimizer: AdamW) -> list[str]:
-    """What rounding to fp32 makes of the settings, a line each.
+    """A line for each setting that has no effect because fp32 rounds it off. Of several processes each looks
+    at its own shards.
 
     AdamW moves a weight by about the learning rate. This is lost where it is less than half of the distance
     to the next number, at 2^e up to 2^(e + 1) less than 2^(e - 24). Weight decay moves it by the share
     lr * weight_decay, which is lost on all weights if it is less than 2^-25."""
     lr, decay, notes = optimizer.lr, optimizer.weight_decay, []
-    sizes = {name: p.detach().abs().max().item() for name, p in optimizer.parameters.items()}
+    shards = {name: local(p.detach()) for name, p in optimizer.parameters.items()}
+    sizes = {name: x.abs().max().item() for name, x in shards.items() if x.numel()} or {"": 0.0}
     name = max(sizes, key=sizes.get)
     half_distance = math.ldexp(1, math.frexp(sizes[name])[1] - 25)
     if 0 < lr < half_distance:

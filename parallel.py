@@ -10,15 +10,18 @@ Every process ("rank") has one GPU. In each step
        by the code of one process
     3. it makes micro-batches of its own episodes, as many as the rank with the most (`most`): every forward
        and backward pass needs the shards of all ranks, so a rank that made fewer would leave the others
-       waiting for ever. Empty ones fill up
+       waiting for ever. A rank with fewer adds empty ones
     4. the gradients are summed over the ranks, and every rank updates its shard of the weights
     5. it fills its sampling copy with all weights (`gather_weights`)
 
 In bytes a parameter, on N ranks with bf16 weights: 2 for the sampling copy, and 16 / N for the shards of
 weights, gradients, optimizer state and start model.
 
-The number of ranks changes no episode, except that sums are rounded in another order. The first rank writes
-all files. They are those of one process, so a run can be resumed on another number of ranks.
+The layers that are gathered at the moment come to that. Every episode has the same random numbers on any
+number of ranks. Sums are rounded in another order, so in rare cases a token differs.
+
+The first rank writes all files. They are those of one process, so a run can be resumed on another number of
+ranks; with --rollout_slots 0 --micro_batch_tokens 0 its sizes are computed anew.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from config import TOY, Config, fail, parse
 from files import InputError
 from world import World
 
-TIMEOUT = timedelta(hours=2)  # of a rank that waits for another; the search of a slow server can take long
+TIMEOUT = timedelta(hours=2)  # a rank waits this long for another, because a slow server can delay one
 
 
 class Ranks(World):
@@ -50,6 +53,10 @@ class Ranks(World):
             raise InputError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes by torchrun")
         backend = "gloo"
         if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) >= (gpus := torch.cuda.device_count()):
+                raise InputError(
+                    f"--nproc_per_node: this machine has {gpus} GPUs, and a process needs its own"
+                )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         self.store, self.rank, self.size = next(rendezvous("env://"))
@@ -61,7 +68,7 @@ class Ranks(World):
 
     def reports(self) -> bool:
         """Whether this process is the first one with an error, and so prints it. The others have the same
-        error, or another one for want of this process."""
+        error, or fail because this process has ended."""
         sys.stderr = self.stderr
         try:
             return self.store.add("errors", 1) == 1
@@ -116,11 +123,12 @@ class Ranks(World):
 
     def finish_gradients(self, optimizer) -> torch.Tensor:
         # FSDP2 has averaged the gradients of shards already, but not those of whole weights: adapters
-        gradients = [p.grad for p in optimizer.parameters.values()]
-        if not isinstance(gradients[0], DTensor):
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-                gradient /= self.size
+        parameters = list(optimizer.parameters.values())
+        if not isinstance(parameters[0], DTensor):
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+                p.grad /= self.size
             return optimizer.grad_norm()
         square = optimizer.grad_norm() ** 2
         dist.all_reduce(square)
@@ -136,7 +144,7 @@ class Ranks(World):
         result = {}
         for name, x in tensors.items():
             if isinstance(x, DTensor):
-                # neither gloo nor NCCL sends int16, so lower halves travel under the name of bf16
+                # neither gloo nor NCCL sends int16, so lower halves are sent as bf16, which has as many bits
                 bits = x.to_local().view(torch.bfloat16) if x.dtype == torch.int16 else x.to_local()
                 sent = DTensor.from_local(bits, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
                 x = sent.full_tensor().view(x.dtype)
@@ -144,13 +152,15 @@ class Ranks(World):
         return result
 
     def cut(self, tensors, like):
-        # what does not fit is left as it is: the caller checks the shapes
-        return {
-            name: distribute_tensor(x.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
-            if isinstance(own := like.get(name), DTensor) and own.shape == x.shape
-            else x
-            for name, x in tensors.items()
-        }
+        # FSDP2 cuts the first dimension as torch.chunk does. What does not fit is left whole: the caller
+        # compares the shapes.
+        parts = {}
+        for name, x in tensors.items():
+            own = like.get(name)
+            if isinstance(own, DTensor) and own.shape == x.shape:
+                x = ([*x.chunk(self.size)] + [x[:0]] * self.size)[self.rank]
+            parts[name] = x
+        return parts
 
 
 def program(name: str, main) -> int:
@@ -167,7 +177,10 @@ def program(name: str, main) -> int:
     except BaseException as error:
         if world and not world.reports():
             sys.exit(2)
-        if isinstance(error, dist.DistError) or "by peer" in str(error):  # gloo raises a bare RuntimeError
+        if isinstance(error, KeyboardInterrupt):  # outside of training
+            sys.exit(130)
+        lost = type(error) is RuntimeError and "by peer" in str(error)  # gloo has no class for it
+        if lost or isinstance(error, dist.DistError):
             fail(name, "another process of this run has ended; --resume continues from the last checkpoint")
         if isinstance(error, (InputError, OSError, torch.OutOfMemoryError)):
             fail(name, error)

@@ -30,8 +30,8 @@ Resuming is not exact in four cases. First, a GPU does not add gradients in a fi
 there too: the same weights, seed, step and size of the cache give the same tokens.) Second, the answers of a
 remote retriever come at no fixed time, so from run to run different rows share a batch, and sums are rounded
 differently. Third, sums are also rounded differently if --rollout_slots, --micro_batch_tokens,
---gradient_checkpointing or the number of threads changes. Fourth, with --simulator the documents themselves
-depend on which rows search together.
+--gradient_checkpointing, the number of threads or the number of processes changes. Fourth, with --simulator
+the documents themselves depend on which rows search together.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from cache import context_length, kv_bytes
 from config import LORA, TOY, TOY_LORA, Config, check, check_writable
 from data import Episode, InputError, Question, load_sets
 from disk import append_rows, checkpoints, drop_later_rows, flush, flush_names, replace_bytes, write_model
-from evaluate import evaluate
+from evaluate import check_answered, evaluate
 from lora import add_adapters, load_adapter, merge, save_adapter
 from measures import markdown, summary
 from model import check_prompts, load_model, probe, stored_types
@@ -194,18 +194,28 @@ class Run:
         start = None  # with adapters, the start model, whose weights are those of the model
         if config.lora_r:
             start = add_adapters(self.model, config.lora_r, config.lora_alpha, config.seed)
-        # With several processes the model that samples is not trained itself, but a copy in shards. Adapters
-        # are small, and the frozen weights have to be here as a whole anyway.
+        # With several processes a copy in shards is trained, and this whole model samples. With adapters
+        # there is no copy: the sampler needs the frozen weights as a whole anyway, and adapters are small.
         in_shards = world.size > 1 and not start
-        self.trainee = world.shard(copy.deepcopy(self.model)) if in_shards else self.model
+        self.trainee = self.copy_model() if in_shards else self.model
         self.optimizer = AdamW(self.trainee, config.learning_rate, config.weight_decay)
         if config.bf16 and not start and stored_types(config.model) != {"BF16"}:
             stored = load_model(config.model, "cpu")[0]
             self.optimizer.load_weights(world.shard(stored))  # with their lower halves
-        self.reference = (start or world.shard(copy.deepcopy(self.model))) if config.beta else None
+            self.refresh_sampler()
+        self.reference = (start or self.copy_model()) if config.beta else None
         if config.gradient_checkpointing:
             self.trainee.gradient_checkpointing_enable({"use_reentrant": False})
         self.resolve_sizes(device, longest)
+
+    def copy_model(self):
+        """A copy of the model that samples. With several processes it is in shards, and made of a copy on the
+        CPU, because a GPU need not have room for a second whole model."""
+        if self.world.size == 1:
+            return copy.deepcopy(self.model)
+        model = load_model(self.config.model, "cpu", self.model.dtype)[0]
+        model.load_state_dict(self.model.state_dict())
+        return self.world.shard(model)
 
     def open_retrievers(self, device: str, dtype: torch.dtype):
         """Opens the retrievers of the evaluation and of the training. They differ in ZeroSearch alone, which
@@ -241,8 +251,9 @@ class Run:
             head, logits = self.model.get_output_embeddings().weight, rows * len(self.tokenizer)
             gradients = sum(local(p).nbytes for p in self.optimizer.parameters.values())
             gradients += 4 * head.numel() if head.requires_grad else 0
-            if self.trainee is not self.model:  # embedding and head, gathered, with their gradients in fp32
-                gradients += 16 * head.numel()
+            if self.trainee is not self.model:  # head, embedding and a layer, gathered, with their gradients
+                gradients += 16 * (head.numel() + parameters // text.num_hidden_layers)
+            torch.cuda.empty_cache()
             reserved = gradients + (2 << 30) + 4 * self.model.dtype.itemsize * logits
             most_tokens, memory = 1 << 16, torch.cuda.mem_get_info()[0] - reserved
             memory = -self.world.most(-memory)  # the least of all processes
@@ -267,7 +278,7 @@ class Run:
         self.runner = ModelRunner(self.model, vocab_size, slots, length, c.cuda_graphs)
 
     def memory(self) -> str:
-        """What is there during the whole run, by purpose."""
+        """A line with the GB that this process keeps allocated during the run, by purpose."""
         model = sum(local(p).nbytes for p in self.trainee.parameters())
         entries = self.optimizer.state_dict().items()
         lower = sum(local(x).nbytes for key, x in entries if key.endswith(".lower"))
@@ -347,6 +358,7 @@ class Run:
             **self.config.budget(),
         )  # fmt: skip
         records = {name: world.gather(records.get(name, [])) for name in sets}
+        check_answered(records)
         self.tables[when] = {name: summary(rows) for name, rows in records.items()}
         if self.writes:
             replace_bytes(self.out / "eval.json", json.dumps(self.tables, indent=1).encode())
@@ -408,8 +420,11 @@ class Run:
         if self.step == 0 or self.world.first(written):
             return
         state = self.world.whole(self.optimizer.state_dict())
-        if not self.writes:
-            return
+        if self.writes:
+            self.write_checkpoint(final, temporary, state)
+        self.world.first(lambda: None)  # no process ends before it is written: torchrun would end them all
+
+    def write_checkpoint(self, final: Path, temporary: Path, state: dict[str, torch.Tensor]):
         if Signals.installed:
             Signals.installed.writing = True
         try:
@@ -438,12 +453,12 @@ class Run:
     def load_checkpoint(self):
         """Loads the newest complete checkpoint. Later lines are removed from the logs, because their steps
         will be done again. Raises InputError if the checkpoint is damaged."""
-        if found := checkpoints(self.out):
+        for newest in self.world.first(lambda: checkpoints(self.out)[-1:]):
             try:
-                self.load_state(found[-1])
+                self.load_state(newest)
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 why = f"damaged ({type(error).__name__}: {error}); remove it to go on from the one before"
-                raise InputError(f"--resume: {found[-1]} is {why}") from error
+                raise InputError(f"--resume: {newest} is {why}") from error
         for name in ("metrics.jsonl", "transcripts.jsonl") if self.writes else ():
             drop_later_rows(self.out / name, self.step)
 
@@ -456,6 +471,8 @@ class Run:
             load_adapter(self.model, folder, "--resume")
         else:
             stored = load_model(str(folder), "cpu", self.model.dtype, flag="--resume")[0].state_dict()
-            self.trainee.load_state_dict(self.world.cut(stored, self.trainee.state_dict()))
+            own = self.trainee.state_dict()
+            for name, x in self.world.cut(stored, own).items():
+                local(own[name]).copy_(x)
             self.refresh_sampler()
         self.step = step

@@ -26,8 +26,9 @@ class Signals:
     signal ends the program at once, unless a checkpoint is being written, which is always completed.
 
     With several processes all have to stop at the same point. So a signal is kept until the next `hold` or
-    `release`, where the processes ask each other. torchrun passes it on to all of them, more than once, and
-    kills them after 30 seconds (--shutdown-timeout)."""
+    `release`, where the processes ask each other. A terminal sends Ctrl-C to torchrun and to the processes,
+    and torchrun sends its signal after it, so a second one does not end the program. torchrun kills its
+    processes 30 seconds after a signal (--shutdown-timeout)."""
 
     installed: Signals | None = None
 
@@ -41,7 +42,9 @@ class Signals:
 
     def __exit__(self, *error):
         Signals.installed = None
-        if self.world.size > 1 and error[0]:  # torchrun ends this process now, which first has to say why
+        # After an error of one process torchrun sends SIGTERM to all. The handlers stay, so that this process
+        # can still print its error.
+        if self.world.size > 1 and error[0]:
             return
         for number, handler in self.previous.items():
             signal.signal(number, handler)

@@ -62,7 +62,7 @@ class World:
         return tensors
 
     def cut(self, tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This process's shards of whole tensors, cut as those of `like` are."""
+        """This process's parts of whole tensors, cut as those of `like` are."""
         return tensors
 
 

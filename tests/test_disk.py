@@ -214,3 +214,18 @@ def test_a_checkpoint_may_hold_folders(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("x")
     disk.flush(tmp_path)
+
+
+def test_fp32_weights_are_written_with_the_buffers_of_the_model(model, world, tmp_path):
+    """Some mixtures of experts keep a correction of their router in a buffer. Buffers that are computed, such
+    as those of the rotary embedding, are not stored."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    model.bfloat16().model.register_buffer("correction", torch.tensor([1.0, 2.0]))
+    full = {name: p.float() + 1 for name, p in model.named_parameters()}
+    write_model(model, AutoTokenizer.from_pretrained(world["model"]), tmp_path / "saved", full)
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert stored.keys() == full.keys() | {"model.correction"}
+    assert stored["model.correction"].tolist() == [1.0, 2.0]

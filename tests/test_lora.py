@@ -312,7 +312,7 @@ def test_a_run(as_model, lively, tmp_path, capsys, name, options, switch):
         assert torch.equal(
             merged[key], (frozen if a is None else torch.addmm(frozen, b, a, alpha=4)).to(dtype)
         )
-    [figures] = re.findall(r"moves the logits by (\S+), the adapters did by (\S+)", printed)
+    [figures] = re.findall(r"moves the logits by (\S+), the adapters moved them by ([^\s;]+)", printed)
     lost, moved = map(float, figures)
     assert 0 < lost < 0.05 * moved if dtype == torch.bfloat16 else lost < 1e-5 * moved
 
@@ -407,7 +407,7 @@ def a_run(model, start) -> Run:
     return run
 
 
-def test_7b_leaves_30_gb_of_80():
+def test_memory_of_7b():
     """Qwen2.5-7B at rank 32, without its data. 2 bytes a frozen parameter, and 16 a trained one."""
     sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
     heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
@@ -420,7 +420,7 @@ def test_7b_leaves_30_gb_of_80():
     line = a_run(model, start).memory()
     given = [float(size) for size in re.findall(r"(\S+) GB", line)]
     assert sum(given) * 1e9 == pytest.approx(2 * frozen + 16 * trained, rel=0.01)
-    assert sum(given) < 50 and "start model 0 GB" in line and 0.01 < trained / frozen < 0.011
+    assert 16 < sum(given) < 17 and "start model 0 GB" in line and 0.01 < trained / frozen < 0.011
 
 
 @pytest.mark.parametrize("r", [0, 4])
