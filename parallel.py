@@ -48,20 +48,16 @@ class Ranks(World):
     """The processes that torchrun has started. What the methods do is said in world.py."""
 
     def __init__(self):
-        needed = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-        if missing := [name for name in needed if name not in os.environ]:
-            raise InputError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes by torchrun")
-        backend = "gloo"
-        if torch.cuda.is_available():
-            if int(os.environ["LOCAL_RANK"]) >= (gpus := torch.cuda.device_count()):
-                raise InputError(
-                    f"--nproc_per_node: this machine has {gpus} GPUs, and a process needs its own"
-                )
+        gpus = torch.cuda.device_count()
+        for name in (n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ):
+            raise InputError(f"WORLD_SIZE is set but {name} is not: start the processes by torchrun")
+        if 0 < gpus <= int(os.environ["LOCAL_RANK"]):
+            raise InputError(f"--nproc_per_node: each process needs a GPU of its own, and there are {gpus}")
+        if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "cpu:gloo,cuda:nccl"
         self.store, self.rank, self.size = next(rendezvous("env://"))
         options = {"store": self.store, "rank": self.rank, "world_size": self.size, "timeout": TIMEOUT}
-        dist.init_process_group(backend, **options)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
         self.stderr = sys.stderr
         if self.rank:  # the first rank prints for all
             sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -76,9 +72,8 @@ class Ranks(World):
             return True
 
     def check(self, config: Config):
-        if config.prompts_per_step % self.size:
-            why = f"{self.size} processes cannot share it evenly"
-            raise InputError(f"--prompts_per_step {config.prompts_per_step}: {why}")
+        if (n := config.prompts_per_step) % self.size:
+            raise InputError(f"--prompts_per_step {n}: {self.size} processes cannot share it evenly")
         if config.simulator:  # its results depend on which queries come together
             raise InputError(f"--simulator {config.simulator}: several processes need --corpus in its place")
 
@@ -109,10 +104,9 @@ class Ranks(World):
     def shard(self, model: nn.Module) -> nn.Module:
         # FSDP2 gathers a layer when its forward pass begins. The loss needs the weight of the head too, so it
         # has to be computed inside of what FSDP2 takes for a forward pass of the model.
-        layers = model.config.get_text_config().num_hidden_layers
-        lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # bf16 gradients are summed in fp32
-        for part in [*next(lists), model]:
+        for part in [*layers, model]:
             fully_shard(part, mp_policy=policy, reshard_after_forward=True)
         model.inside = lambda function, *args: function(model, *args)
         register_fsdp_forward_method(model, "inside")
@@ -123,15 +117,14 @@ class Ranks(World):
 
     def finish_gradients(self, optimizer) -> torch.Tensor:
         # FSDP2 has averaged the gradients of shards already, but not those of whole weights: adapters
-        parameters = list(optimizer.parameters.values())
-        if not isinstance(parameters[0], DTensor):
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-                p.grad /= self.size
-            return optimizer.grad_norm()
+        whole = [p for p in optimizer.parameters.values() if not isinstance(p, DTensor)]
+        for p in whole:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+            p.grad /= self.size
         square = optimizer.grad_norm() ** 2
-        dist.all_reduce(square)
+        if not whole:
+            dist.all_reduce(square)
         return square.sqrt()
 
     @torch.no_grad()
@@ -152,15 +145,11 @@ class Ranks(World):
         return result
 
     def cut(self, tensors, like):
-        # FSDP2 cuts the first dimension as torch.chunk does. What does not fit is left whole: the caller
-        # compares the shapes.
-        parts = {}
-        for name, x in tensors.items():
-            own = like.get(name)
-            if isinstance(own, DTensor) and own.shape == x.shape:
-                x = ([*x.chunk(self.size)] + [x[:0]] * self.size)[self.rank]
-            parts[name] = x
-        return parts
+        def part(x, own):  # as FSDP2 cuts; what does not fit is left whole, since the caller compares shapes
+            fits = isinstance(own, DTensor) and own.shape == x.shape
+            return ([*x.chunk(self.size)] + [x[:0]] * self.size)[self.rank] if fits else x
+
+        return {name: part(x, like.get(name)) for name, x in tensors.items()}
 
 
 def program(name: str, main) -> int:
@@ -175,10 +164,8 @@ def program(name: str, main) -> int:
         dist.destroy_process_group()
         return code
     except BaseException as error:
-        if world and not world.reports():
+        if isinstance(error, KeyboardInterrupt) or (world and not world.reports()):
             sys.exit(2)
-        if isinstance(error, KeyboardInterrupt):  # outside of training
-            sys.exit(130)
         lost = type(error) is RuntimeError and "by peer" in str(error)  # gloo has no class for it
         if lost or isinstance(error, dist.DistError):
             fail(name, "another process of this run has ended; --resume continues from the last checkpoint")
