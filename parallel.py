@@ -104,7 +104,7 @@ class Ranks(World):
     def shard(self, model: nn.Module) -> nn.Module:
         # FSDP2 gathers a layer when its forward pass begins. The loss needs the weight of the head too, so it
         # has to be computed inside of what FSDP2 takes for a forward pass of the model.
-        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # bf16 gradients are summed in fp32
         for part in [*layers, model]:
             fully_shard(part, mp_policy=policy, reshard_after_forward=True)
