@@ -155,6 +155,11 @@ def test_torchrun_stops_all_processes_after_the_same_step(runs, tmp_path):
         if (out / "metrics.jsonl").exists():
             break
         time.sleep(0.1)
+    # As Ctrl-C in a terminal does: the processes get a signal, and another one from torchrun.
+    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    for child in children:
+        os.kill(int(child), signal.SIGTERM)
     agent.send_signal(signal.SIGTERM)
     output, errors = agent.communicate(timeout=100)
     done = len(timeless(out / "metrics.jsonl"))
