@@ -75,7 +75,7 @@ def check_exchange(world: parallel.Ranks):
     assert world.gather([n] * n) == [i for i in range(world.size) for _ in range(i)]
     assert world.total({"a": n, "b": -1.0}) == {"a": sum(range(world.size)), "b": -world.size}
     assert world.most(-n) == 0 and world.first(lambda: n) == 0
-    model = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5))  # of four processes the last gets no row
     model._no_split_modules = ["Linear"]
     optimizer = AdamW(world.shard(model), 0.1, 0.0)
     assert rounding_notes(optimizer) == []  # also where this process has no row
@@ -85,7 +85,7 @@ def check_exchange(world: parallel.Ranks):
             name: torch.arange(math.prod(p.shape)).view(p.shape).to(dtype) - 7 for name, p in like.items()
         }
         cut = world.cut(whole, like)
-        assert sum(world.gather([len(x) for x in cut.values()])) == 6
+        assert sum(world.gather([len(x) for x in cut.values()])) == 10
         for name, x in like.items():
             local(x).copy_(cut[name])
         back = world.whole(like)
@@ -141,26 +141,34 @@ def start(size: int, lines: list[list[str]]):
 
 
 def start_program(flags: list[str], log: Path, meanwhile=lambda children: None):
-    """grpo.py in two processes, as torchrun would start it. `log` gets what they write to stderr, and their
-    exit codes. With the flag --different only the second one has a --seed."""
+    """grpo.py in two processes, as torchrun would start it. `log` gets what they print, and their exit codes.
+    With the flag --different only the second one has a --seed."""
 
     def program(rank: int):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         sys.argv[1:] = [flag for flag in flags if flag != "--different"]
         sys.argv += ["--seed", "3"] if rank and "--different" in flags else []
-        grpo.program()
+        try:
+            grpo.program()
+        finally:
+            sys.stdout.flush()
 
     codes = fork(2, program, meanwhile)
     with log.open("a") as file:
         file.write(f"exit codes {sorted(codes)}\n")
 
 
-def kill_after_three_steps(folder: Path, victim: int):
+def after_three_steps(folder: Path, rank: int, *signals: int):
+    """Sends the signals to one of the processes, a tenth of a second apart."""
+
     def meanwhile(children: list[int]):
         metrics = folder / "metrics.jsonl"
         while not metrics.exists() or metrics.read_text().count("\n") < 3:
             time.sleep(0.05)
-        os.kill(children[victim], signal.SIGKILL)
+        for number in signals:
+            os.kill(children[rank], number)
+            time.sleep(0.1)
 
     return meanwhile
 
@@ -196,12 +204,16 @@ def main(folder: Path):
     for i, words in enumerate(MISTAKES):
         out = {"output_dir": f"{folder}/mistake-{i}"}
         start_program([*arguments(flags | out), *words.split()], folder / f"mistake-{i}.log")
-    for victim in (0, 1):
-        out = folder / f"killed-{victim}"
-        endless = flags | {"output_dir": str(out), "max_steps": "1000", "save_steps": "1", "eval": ""}
-        start_program(
-            arguments(endless), folder / f"killed-{victim}.log", kill_after_three_steps(out, victim)
-        )
+    once, twice = (signal.SIGKILL,), (signal.SIGTERM, signal.SIGTERM)
+    for name, rank, signals in ("killed-0", 0, once), ("killed-1", 1, once), ("stopped", 1, twice):
+        endless = flags | {
+            "output_dir": f"{folder}/{name}",
+            "max_steps": "1000",
+            "save_steps": "1",
+            "eval": "",
+        }
+        log, meanwhile = folder / f"{name}.log", after_three_steps(folder / name, rank, *signals)
+        start_program(arguments(endless), log, meanwhile)
 
 
 if __name__ == "__main__":

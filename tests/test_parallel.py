@@ -131,6 +131,15 @@ def test_a_killed_process_ends_the_run_with_one_line_and_the_run_can_be_resumed(
     assert_resumes(runs / f"killed-{victim}")
 
 
+def test_a_signal_that_one_process_gets_stops_all_after_the_same_step(runs):
+    """It gets two, as from a terminal and from torchrun; the second one does not end it at once."""
+    log = (runs / "stopped.log").read_text()
+    done = len(timeless(runs / "stopped" / "metrics.jsonl"))
+    assert log.count(f"stopped after step {done}") == 1 and "error" not in log
+    assert checkpoints(runs / "stopped")[-1].name == f"checkpoint-{done}"
+    assert_resumes(runs / "stopped")
+
+
 @pytest.mark.parametrize("i, error", list(enumerate(MISTAKES.values())))
 def test_a_mistake_is_one_line(runs, i, error):
     line, codes = (runs / f"mistake-{i}.log").read_text().splitlines()
@@ -155,11 +164,6 @@ def test_torchrun_stops_all_processes_after_the_same_step(runs, tmp_path):
         if (out / "metrics.jsonl").exists():
             break
         time.sleep(0.1)
-    # As Ctrl-C in a terminal does: the processes get a signal, and another one from torchrun.
-    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-    assert len(children) == 2
-    for child in children:
-        os.kill(int(child), signal.SIGTERM)
     agent.send_signal(signal.SIGTERM)
     output, errors = agent.communicate(timeout=100)
     done = len(timeless(out / "metrics.jsonl"))
