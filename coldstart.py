@@ -32,7 +32,6 @@ import copy
 import json
 import math
 import random
-import string
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,24 +42,16 @@ from tqdm import tqdm
 
 from cache import context_length
 from config import check_ranges, check_writable, fail, parse
-from data import Doc, Episode, InputError, Question, Segment, load_sets
+from data import Episode, InputError, Question, load_sets
 from disk import write_model
 from evaluate import Transcripts
 from measures import is_right, mean
 from model import check_prompts, load_model, probe
-from prompts import (
-    DIRECT,
-    Template,
-    closing_token,
-    encode_foreign,
-    encode_result,
-    neutralise,
-    passage,
-    render,
-)
+from prompts import DIRECT
 from retriever import RetrieverError, open_retriever
 from reward import METHODS, exact_match, normalise, parse_episode
-from rollout import detokenize, rollout
+from rollout import rollout
+from transcripts import Fact, find_gold, read_results, transcript
 
 
 @dataclass
@@ -85,11 +76,11 @@ class Config:
     topk: int = 2  # documents a search returns
     max_doc_tokens: int = 80  # tokens that each document is cut to
     max_searches: int = 2  # searches of a transcript
-    max_answer_tokens: int = 16  # a draft is cut to this length, and a longer gold is not taught
+    max_answer_tokens: int = 16  # of drafts, which are cut, and of golds
     max_completion_length: int = 512  # tokens after the prompt in the exam
-    batch_size: int = 32  # transcripts a step
-    learning_rate: float = 1e-4  # its peak, after a warm-up of 20 steps; then a cosine down to a tenth
-    bf16: bool = True  # matrix products in bf16; the weights stay in fp32
+    batch_size: int = 16  # transcripts a step
+    learning_rate: float = 3e-4  # its peak, after a warm-up of 20 steps; then a cosine down to a tenth
+    bf16: bool = True  # products in bf16; the weights stay in fp32 until they are written
     exam_size: int = 50  # questions of --train, and of --inject, that the exam asks
 
 
@@ -98,18 +89,6 @@ RANGES |= {name: (1, math.inf) for name in "max_searches max_answer_tokens max_c
 RANGES |= {name: (0, 1) for name in "closed_book search_known search_unknown".split()}
 RANGES |= {"questions": (0, math.inf), "learning_rate": (0, math.inf)}
 FORMAT, READING, SEARCH = 0.95, 0.5, (0.2, 0.95)  # what the exam asks for; SEARCH is for sampled episodes
-REMINDED = 0.1  # share of transcripts with a reminder, where a method has one
-
-FIRST = [  # thoughts before a draft: they say nothing about whether it is right
-    "First I say what I remember.",
-    "My first guess comes before any search.",
-    "I try to recall this.",
-    "What do I know about this?",
-]
-SURE = ["I know this one.", "I remember this.", "No search is needed here."]  # where there is no draft
-UNSURE = ["I have to look this up.", "A search will tell.", "I am not sure, so I search."]
-READ = ["The result says: {}", "I read: {}", "In the result stands: {}", "It is written there: {}"]
-LOST = ["I have to think about how to go on.", "Let me think about this."]  # before a reminder
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,150 +136,33 @@ def fit(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# transcripts
-
-
-def find_gold(question: Question, text: str, before: int = 8) -> tuple[str, str] | None:
-    """(a gold as it is spelled in the text, the words up to it), or None if no gold stands in the text. Yes
-    and no stand in many texts by chance, so they do not count."""
-    words = text.split()
-    golds = {normalise(gold) for gold in question.answers} - {"yes", "no", "noanswer"}
-    longest = max((len(gold.split()) for gold in golds), default=0) + 2  # articles and marks are extra
-    for i in range(len(words)):
-        for j in range(min(i + longest, len(words)), i, -1):
-            if normalise(" ".join(words[i:j])) in golds:
-                spelled = " ".join(words[i:j]).strip(string.punctuation + " ")
-                return spelled, " ".join(words[max(0, i - before) : j]).rstrip(".,;:")
-    return None
-
-
-@dataclass
-class Fact:
-    """What transcripts about a question are written from."""
-
-    question: Question
-    answer: str  # the gold, as the results spell it if it stands there
-    draft: str = ""
-    known: bool = False
-    turns: list[tuple[str, list[Doc], str]] | None = None  # query, documents, thought; None: not readable
-
-
-def read_results(questions: list[Question], retriever, tokenizer, config: Config) -> list[Fact]:
-    """Searches for the questions, and finds the golds in what a model would see. A question of MuSiQue is
-    asked step by step, if it has no more steps than --max_searches."""
-    template, facts = METHODS[config.method].template, []
-    for question in tqdm(questions, desc="searching"):
-        steps = question.steps or []
-        if not 1 < len(steps) <= config.max_searches:
-            steps = [(question.text, question.answers)]
-        turns, golds = [], []
-        for text, answers in steps:
-            for i, gold in enumerate(golds, 1):
-                text = text.replace(f"#{i}", gold)
-            query = neutralise(" ".join(text.split()), tokenizer, template)
-            docs = retriever.search([query], config.topk)[0]
-            passages = (
-                encode_foreign(passage(d), tokenizer, template)[: config.max_doc_tokens] for d in docs
-            )
-            shown = [detokenize(tokenizer, list(ids)) for ids in passages]
-            asked = Question("", text, answers, question.source)
-            if (found := next(filter(None, (find_gold(asked, text) for text in shown)), None)) is None:
-                break
-            golds.append(found[0])
-            turns.append((query, docs, found[1]))
-        read = len(turns) == len(steps) and exact_match(golds[-1], question) == 1.0
-        answer = golds[-1] if read else question.answer_texts()[0]
-        if len(encode(answer, tokenizer)) <= config.max_answer_tokens:
-            facts.append(Fact(question, answer, turns=turns if read else None))
-    return facts
-
-
-def encode(text: str, tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
+# what is trained on
 
 
 def closed_book(model, tokenizer, questions: list[Question], config: Config) -> list[str]:
     """The greedy closed-book answers: the first line, without its final stop."""
-    episodes = rollout(
-        model, tokenizer, DIRECT, questions, temperature=0.0, slots=64,
-        max_completion_length=config.max_answer_tokens, progress="closed-book",
-    )  # fmt: skip
-    lines = ((parse_episode(e).answer or "").strip().partition("\n")[0] for e in episodes)
-    return [line.strip().rstrip(".") for line in lines]
-
-
-def transcript(
-    fact: Fact, draft: str, searched: bool, template: Template, tokenizer, rng, max_doc_tokens: int
-) -> Episode:
-    """An episode about a fact as `rollout` would have made it, with the mask of what is trained on: what the
-    policy writes. That is all it samples, except for a turn after which a reminder comes. A method whose
-    model writes the results itself has to learn that here, so these are trained on too."""
-    episode = Episode(fact.question, render(template, fact.question, tokenizer), template=template)
-    end = closing_token(tokenizer)
-    end = [tokenizer.eos_token_id if end is None else end]
-
-    def add(kind: str, ids: list[int], trained: bool):
-        episode.segments.append(Segment(kind, ids, detokenize(tokenizer, ids)))
-        episode.ids += ids
-        episode.loss_mask += [trained] * len(ids)
-
-    def think(thought: str) -> str:
-        return f"<{template.think}> {thought} </{template.think}>\n"
-
-    def say(answer: str) -> str:
-        answer = neutralise(answer, tokenizer, template)
-        answer = f"\\boxed{{{answer}}}" if template.boxed else answer
-        return f"<{template.answer}> {answer} </{template.answer}>"
-
-    if template.reminder and rng.random() < REMINDED:
-        add("model", encode(think(rng.choice(LOST)).strip(), tokenizer) + end, False)
-        add("reminder", encode(template.reminder, tokenizer), False)
-    if template.raw:
-        text = neutralise(draft, tokenizer, template)
-    else:
-        text = think(rng.choice(FIRST if template.draft else UNSURE if searched else SURE))
-        text += say(draft) if template.draft or not searched else ""
-    for query, docs, found in fact.turns if searched else ():
-        text += "\n" * text.endswith(">") + f"<{template.search}> {query} </{template.search}>"
-        result = encode_result(docs, tokenizer, template, max_doc_tokens)
-        if template.self_search:
-            text += detokenize(tokenizer, result)
-        else:
-            add("model", encode(text, tokenizer), True)
-            add("env", result, False)
-            episode.searches, text = episode.searches + 1, ""
-        text += think(rng.choice(READ).format(neutralise(found, tokenizer, template)))
-    text += say(fact.answer) if searched else ""
-    episode.stop = "answer" if template.answer_ends else "eos"
-    add("model", encode(text, tokenizer) + ([] if template.answer_ends else end), True)
-    return episode
+    length = config.max_answer_tokens
+    options = {"temperature": 0.0, "slots": 64, "max_completion_length": length, "progress": "closed-book"}
+    answers = (parse_episode(e).answer for e in rollout(model, tokenizer, DIRECT, questions, **options))
+    return [(answer or "").strip().partition("\n")[0].strip().rstrip(".") for answer in answers]
 
 
 def write_transcripts(
-    model, tokenizer, train: list[Fact], inject: list[Fact], decoys: list[Fact], config: Config
+    tokenizer, train: list[Fact], inject: list[Fact], decoys: list[Fact], config: Config
 ) -> list[Episode]:
-    """All transcripts, in the order of training. Raises InputError for one that exceeds the context."""
-    rng, template, plans = random.Random(f"coldstart {config.seed}"), METHODS[config.method].template, []
-    answers = closed_book(model, tokenizer, [f.question for f in train], config)
-    for fact, draft in zip(train, answers, strict=True):
-        fact.draft, fact.known = draft or "unknown", exact_match(draft, fact.question) == 1.0
-    for i in range(config.rows):
-        plans.append((fact := train[i % len(train)], fact.draft, False))
-    golds = [f.answer for f in inject + decoys]
+    """All transcripts, in random order."""
+    rng, template = random.Random(f"coldstart {config.seed}"), METHODS[config.method].template
+    plans = [(train[i % len(train)], train[i % len(train)].draft, False) for i in range(config.rows)]
     for fact in (f for f in inject + decoys for _ in range(config.times)):
-        others = [gold for gold in golds if normalise(gold) != normalise(fact.answer)]
+        others = [f.answer for f in inject + decoys if normalise(f.answer) != normalise(fact.answer)]
         draft = rng.choice(others) if fact in decoys else fact.answer
         plans.append((fact, draft, rng.random() < config.closed_book))
     episodes = []
     for fact, draft, direct in rng.sample(plans, len(plans)):
-        share = config.search_known if fact.known or fact in inject + decoys else config.search_unknown
+        share = config.search_known if fact.known else config.search_unknown
         searched = not direct and fact.turns is not None and rng.random() < share
-        dialect = DIRECT if direct else template
-        e = transcript(fact, draft, searched, dialect, tokenizer, rng, config.max_doc_tokens)
-        if (n := len(e.prompt_ids + e.ids)) > (context := context_length(model.config)):
-            where = f"{fact.question.id} ({fact.question.source})"
-            raise InputError(f"the transcript of {where} has {n} tokens; the model's context holds {context}")
-        episodes.append(e)
+        options = (DIRECT if direct else template), tokenizer, rng, config.max_doc_tokens
+        episodes.append(transcript(fact, draft, searched, *options))
     return episodes
 
 
@@ -308,65 +170,55 @@ def write_transcripts(
 # the exam
 
 
-def exam(
-    model, tokenizer, held_out: list[Question], injected: list[Question], retriever, config, log
-) -> dict:
-    """What RL will start from. `held_out` are readable questions that no transcript was written about.
-
-    format       share of valid structures, greedy and sampled
-    recall       share of `injected` that is right closed-book; draft: that is right in the first answer
-    reading      of the held-out episodes with a gold in their results, the share with the right answer
-    search       share that searches, of the questions that are right closed-book and of the others"""
-    template, questions = METHODS[config.method].template, held_out + injected
-    known = [
-        exact_match(text, q) == 1.0
-        for text, q in zip(closed_book(model, tokenizer, questions, config), questions, strict=True)
-    ]
-    figures = {"recall": mean(known[len(held_out) :]), "known": sum(known)}
-    for kind, temperature in ("greedy", 0.0), ("sampled", 1.0):
-        episodes = rollout(
-            model, tokenizer, template, questions, retriever=retriever, temperature=temperature, slots=64,
-            topk=config.topk, max_doc_tokens=config.max_doc_tokens, max_searches=config.max_searches,
-            max_completion_length=config.max_completion_length, seed=config.seed, progress=f"exam, {kind}",
-        )  # fmt: skip
-        log("exam", kind, episodes)
-        parses = [parse_episode(e) for e in episodes]
-        figures[f"format, {kind}"] = mean(is_valid(e) for e in episodes)
-        drafts = [exact_match(p.first, q) for p, q in zip(parses, questions, strict=True)]
-        figures[f"draft, {kind}"] = mean(drafts[len(held_out) :])
-        found = [
-            is_right(e)
-            for e in episodes[: len(held_out)]
-            if any(find_gold(e.question, s.text) for s in e.segments if s.kind == "env")
-        ]
-        figures |= {f"reading, {kind}": mean(found), f"read, {kind}": len(found)}
-        for name, which in ("known", True), ("unknown", False):
-            share = mean(p.searched for p, k in zip(parses, known, strict=True) if k == which)
-            figures[f"search {name}, {kind}"] = share
-    return figures
-
-
 def is_valid(episode: Episode) -> bool:
     """Whether an episode has the structure of its method: SEM's grammar, elsewhere no mistake and an answer
     at the end."""
     p = parse_episode(episode)
-    if episode.template.draft:
-        return p.valid
-    return episode.stop in ("eos", "answer") and "!" not in p.shape and bool(p.answer)
+    clean = episode.stop in ("eos", "answer") and "!" not in p.shape and bool(p.answer)
+    return p.valid if episode.template.draft else clean
 
 
-def advice(figures: dict) -> list[str]:
+def exam(model, tokenizer, held_out: list[Question], injected: list[Question], retriever, config, log):
+    """{figure: value} of what RL will start from, greedy and sampled. `held_out` are readable questions that
+    no transcript was written about. A value is None if there is nothing to measure it on.
+
+    format       share of valid structures
+    recall       share of `injected` that is right closed-book; draft: right in the first answer
+    reading      of the held-out episodes with a gold in their results, the share with the right answer
+    SR           share that searches, of the questions that are right closed-book and of the others"""
+    questions, n, figures = held_out + injected, len(held_out), {}
+    answers = closed_book(model, tokenizer, questions, config)
+    known = [exact_match(a, q) == 1.0 for a, q in zip(answers, questions, strict=True)]
+    figures["recall"] = mean(known[n:])
+    for kind, temperature in ("greedy", 0.0), ("sampled", 1.0):
+        budget = "topk max_doc_tokens max_searches max_completion_length seed".split()
+        episodes = rollout(
+            model, tokenizer, METHODS[config.method].template, questions, retriever=retriever, slots=64,
+            temperature=temperature, progress="exam", **{name: getattr(config, name) for name in budget},
+        )  # fmt: skip
+        log("exam", kind, episodes)
+        rows = [(e, parse_episode(e), k) for e, k in zip(episodes, known, strict=True)]
+        results = [(e, "".join(s.text for s in e.segments if s.kind == "env")) for e in episodes[:n]]
+        figures[f"format, {kind}"] = mean(map(is_valid, episodes))
+        figures[f"draft, {kind}"] = mean(exact_match(p.first, e.question) for e, p, _ in rows[n:])
+        figures[f"reading, {kind}"] = mean(is_right(e) for e, text in results if find_gold(e.question, text))
+        figures[f"SR known, {kind}"] = mean(p.searched for _, p, k in rows if k)
+        figures[f"SR unknown, {kind}"] = mean(p.searched for _, p, k in rows if not k)
+    return figures
+
+
+def advice(figures: dict[str, float | None]) -> list[str]:
     """What the exam says against starting RL from this model, and what to do, a line each."""
-    lines = []
-    if figures["format, greedy"] < FORMAT:
-        lines.append(f"format {figures['format, greedy']:.2f}: more --rows, or a higher --learning_rate")
-    if (reading := figures["reading, greedy"]) is not None and reading < READING:
-        more = "more and other questions in --train, fewer or shorter documents (--topk, --max_doc_tokens)"
-        lines.append(f"reading {reading:.2f}: RL would teach it never to search; {more}")
+    form, reading, lines = figures["format, greedy"], figures["reading, greedy"], []
+    if form < FORMAT:
+        lines.append(f"format {form:.2f}: it needs more --rows or a higher --learning_rate")
+    if reading is not None and reading < READING:
+        why = f"reading {reading:.2f}: RL would teach it never to search"
+        lines.append(f"{why}; it needs more questions in --train, or fewer or shorter documents")
     for name in ("known", "unknown"):
-        share = figures[f"search {name}, sampled"]
+        share = figures[f"SR {name}, sampled"]
         if share is not None and not SEARCH[0] <= share <= SEARCH[1]:
-            lines.append(f"it searches for {share:.2f} of the {name} questions: another --search_{name}")
+            lines.append(f"it searches for {share:.2f} of the {name} questions: change --search_{name}")
     return lines
 
 
@@ -379,71 +231,75 @@ def load_questions(config: Config) -> list[list[Question]]:
     and for multiple choice among the facts to teach."""
     groups, places = [], {}
     for flag in ("train", "inject", "decoys"):
-        sets = load_sets(getattr(config, flag), "train")
-        for source, questions in sets.items():
-            for q in questions:
-                if (place := places.setdefault(normalise(q.text), source)) != source:
-                    raise InputError(f"--{flag}: {q.id} of {source} is in {place} too: {q.text[:60]!r}")
-                if q.choices and flag != "train":
-                    raise InputError(f"--{flag}: {q.id} of {source}: the letter of an option is not a fact")
-        questions = [q for rows in sets.values() for q in rows]
+        questions = [q for rows in load_sets(getattr(config, flag), "train").values() for q in rows]
+        for q in questions:
+            if (place := places.setdefault(normalise(q.text), q.source)) != q.source:
+                raise InputError(f"--{flag}: question {q.id} of {q.source} is in {place} too")
+            if q.choices and flag != "train":
+                raise InputError(f"--{flag}: {q.id} of {q.source}: the letter of an option is not a fact")
         groups.append(random.Random(config.seed).sample(questions, len(questions)))
     return groups
 
 
-def main(config: Config):
+def check(config: Config):
+    """Raises InputError for values that make no sense, before anything is loaded."""
     for name in ("model", "train", "output_dir"):
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
     check_ranges(config, RANGES)
     if config.method not in METHODS:
         raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
-    out, template = Path(config.output_dir), METHODS[config.method].template
-    check_writable(out, "--output_dir")
+    check_writable(out := Path(config.output_dir), "--output_dir")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--output_dir {out}: it is not empty")
+
+
+def main(config: Config):
+    check(config)
+    out, template = Path(config.output_dir), METHODS[config.method].template
     groups = load_questions(config)
     retriever = open_retriever(config, {"train": config.train})
     model, tokenizer = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     longest = check_prompts(model, tokenizer, template, [q for group in groups for q in group])
     probe(model, tokenizer, longest + config.max_completion_length)
-    train, inject, decoys = (read_results(group, retriever, tokenizer, config) for group in groups)
-    for flag, group, facts in ("inject", groups[1], inject), ("decoys", groups[2], decoys):
-        if len(facts) < len(group):
-            taught = {id(f.question) for f in facts}
-            q = next(q for q in group if id(q) not in taught)
-            why = f"the gold of {q.id} has more than {config.max_answer_tokens} tokens"
-            raise InputError(f"--{flag}: {why}; raise --max_answer_tokens or leave the question out")
-    readable = [fact for fact in train if fact.turns]
-    need = config.exam_size + (config.questions or 1)
+    search = {name: getattr(config, name) for name in ("topk", "max_doc_tokens", "max_searches")}
+    train, inject, decoys = (read_results(g, retriever, tokenizer, template, **search) for g in groups)
+    for fact in train + inject + decoys:
+        size = len(tokenizer(fact.answer, add_special_tokens=False).input_ids)
+        if size > config.max_answer_tokens and fact not in train:
+            what = f"the gold of {fact.question.id} ({fact.question.source}) has {size} tokens"
+            raise InputError(f"{what}, and --max_answer_tokens is {config.max_answer_tokens}")
+        fact.known = fact not in train  # decoys get the habits of known questions: their answers alone differ
+        fact.turns = fact.turns if size <= config.max_answer_tokens else None
+    readable, need = [fact for fact in train if fact.turns], config.exam_size + (config.questions or 1)
     if len(readable) < need:
-        asked = f"{need} are needed, {config.exam_size} of them for the exam"
-        raise InputError(f"--train: {len(readable)} of {len(groups[0])} questions are readable; {asked}")
-    held_out, taught = readable[: config.exam_size], readable[config.exam_size :]
-    taught = taught[: config.questions or len(taught)]
+        of = f"{len(readable)} of its {len(train)} questions are readable"
+        raise InputError(f"--train: {of}, {need} are needed, {config.exam_size} of them for the exam")
+    held_out, train = readable[: config.exam_size], readable[config.exam_size :][: config.questions or None]
     sampler = copy.deepcopy(model).bfloat16() if config.bf16 else model
-    episodes = write_transcripts(sampler, tokenizer, taught, inject, decoys, config)
+    drafts = closed_book(sampler, tokenizer, [fact.question for fact in train], config)
+    for fact, draft in zip(train, drafts, strict=True):
+        fact.draft, fact.known = draft or "unknown", exact_match(draft, fact.question) == 1.0
+    episodes = write_transcripts(tokenizer, train, inject, decoys, config)
+    rows = [(e.prompt_ids + e.ids, [False] * len(e.prompt_ids) + e.loss_mask) for e in episodes]
+    size, context = max(len(ids) for ids, _ in rows), context_length(model.config)
+    if size > context:
+        raise InputError(f"a transcript has {size} tokens, the context of --model holds {context}")
     log = Transcripts(out / "transcripts.jsonl").log
     log("train", "written", episodes[:20])
-    rows = [(e.prompt_ids + e.ids, [False] * len(e.prompt_ids) + e.loss_mask) for e in episodes]
+    counts = {"transcripts": len(rows), "tokens": sum(len(ids) for ids, _ in rows), "readable": len(train)}
+    counts |= {"known": sum(f.known for f in train), "injected": len(inject), "decoys": len(decoys)}
+    print(", ".join(f"{name} {count}" for name, count in counts.items()))
     batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
-    size = sum(len(ids) for ids, _ in rows)
-    print(
-        f"{len(rows)} transcripts about {len(taught)} readable questions, {sum(f.known for f in taught)} of"
-    )
-    print(f"them known, and {len(inject)} + {len(decoys)} facts and decoys; {size} tokens")
     fit(model, batches, len(batches), config.learning_rate, 20, "cold start", config.bf16)
-    sampler = model.bfloat16() if config.bf16 else model
-    write_model(sampler, tokenizer, out)
-    injected = [fact.question for fact in inject[: config.exam_size]]
-    questions = [fact.question for fact in held_out]
-    figures = exam(sampler, tokenizer, questions, injected, retriever, config, log)
-    lines = advice(figures)
-    content = {"config": asdict(config), "tokens": size, "exam": figures, "advice": lines}
+    model = model.bfloat16() if config.bf16 else model
+    write_model(model, tokenizer, out)
+    asked = [[f.question for f in facts] for facts in (held_out, inject[: config.exam_size])]
+    figures = exam(model, tokenizer, *asked, retriever, config, log)
+    content = {"config": asdict(config), "counts": counts, "exam": figures, "advice": advice(figures)}
     (out / "coldstart.json").write_text(json.dumps(content, indent=1))
-    for name, figure in figures.items():
-        print(f"{name:24} {'-' if figure is None else f'{figure:.2f}'}")
-    print(*(f"warning: {line}" for line in lines), sep="\n")
+    print(*(f"{name:20} {'-' if x is None else f'{x:.2f}'}" for name, x in figures.items()), sep="\n")
+    print(*(f"warning: {line}" for line in advice(figures)), sep="\n")
 
 
 if __name__ == "__main__":
