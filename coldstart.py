@@ -32,13 +32,10 @@ import copy
 import json
 import math
 import random
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from cache import context_length
 from config import check_ranges, check_writable, fail, parse
@@ -47,11 +44,11 @@ from disk import write_model
 from evaluate import Transcripts
 from measures import is_right, mean
 from model import check_prompts, load_model, probe
-from prompts import DIRECT
 from retriever import RetrieverError, open_retriever
 from reward import METHODS, exact_match, normalise, parse_episode
 from rollout import rollout
-from transcripts import Fact, find_gold, read_results, transcript
+from sft import fit
+from transcripts import closed_book, find_gold, read_results, write_transcripts
 
 
 @dataclass
@@ -92,81 +89,6 @@ FORMAT, READING, SEARCH = 0.95, 0.5, (0.2, 0.95)  # what the exam asks for; SEAR
 
 
 # ------------------------------------------------------------------------------------------------------------
-# training; toy.py trains its base model with this function too
-
-
-def fit(
-    model, batches: Iterable[list[tuple[list[int], list[bool]]]], steps: int, learning_rate: float,
-    warmup: int, desc: str, bf16: bool = False,
-):  # fmt: skip
-    """Supervised next-token prediction, on a GPU if there is one. A row is (ids, mask), where mask[i] says
-    that ids[i] is trained on. The loss of a batch is the mean over such tokens; nothing predicts the first id
-    of a row. AdamW on fp32 weights; with `bf16` the products are computed in bf16. Raises InputError if the
-    loss is not finite."""
-    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-    bar = tqdm(batches, desc=desc, total=steps)
-    for step, rows in enumerate(bar):
-        decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / warmup, decay)
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        tokens, total = sum(sum(mask[1:]) for _, mask in rows), 0.0
-        quarter = -(-len(rows) // 4)  # four parts of similar lengths need half the padding of one
-        for part in (rows[i : i + quarter] for i in range(0, len(rows), quarter)):
-            width = max(len(ids) for ids, _ in part)
-            target = [[t if on else -100 for t, on in zip(*row, strict=True)][1:] for row in part]
-            target = torch.tensor([t + [-100] * (width - len(t)) for t in target], device=model.device)
-            ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in part], device=model.device)
-            # The head is large, so it is applied only where a token is trained on. Where all are, it is
-            # applied to the whole matrix, because a selection would only cost a copy.
-            keep = slice(None) if all(all(mask) for _, mask in part) else (target >= 0).flatten()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-                logits = model.get_output_embeddings()(hidden[keep])
-            loss = cross_entropy(logits.float(), target.flatten()[keep], reduction="sum") / tokens
-            loss.backward()
-            total += loss.item()
-        if not math.isfinite(total):
-            raise InputError(f"{desc}: the loss of step {step + 1} is {total}; try a lower --learning_rate")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
-    model.eval()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# what is trained on
-
-
-def closed_book(model, tokenizer, questions: list[Question], config: Config) -> list[str]:
-    """The greedy closed-book answers: the first line, without its final stop."""
-    length = config.max_answer_tokens
-    options = {"temperature": 0.0, "slots": 64, "max_completion_length": length, "progress": "closed-book"}
-    answers = (parse_episode(e).answer for e in rollout(model, tokenizer, DIRECT, questions, **options))
-    return [(answer or "").strip().partition("\n")[0].strip().rstrip(".") for answer in answers]
-
-
-def write_transcripts(
-    tokenizer, train: list[Fact], inject: list[Fact], decoys: list[Fact], config: Config
-) -> list[Episode]:
-    """All transcripts, in random order."""
-    rng, template = random.Random(f"coldstart {config.seed}"), METHODS[config.method].template
-    plans = [(train[i % len(train)], train[i % len(train)].draft, False) for i in range(config.rows)]
-    for fact in (f for f in inject + decoys for _ in range(config.times)):
-        others = [f.answer for f in inject + decoys if normalise(f.answer) != normalise(fact.answer)]
-        draft = rng.choice(others) if fact in decoys else fact.answer
-        plans.append((fact, draft, rng.random() < config.closed_book))
-    episodes = []
-    for fact, draft, direct in rng.sample(plans, len(plans)):
-        share = config.search_known if fact.known else config.search_unknown
-        searched = not direct and fact.turns is not None and rng.random() < share
-        options = (DIRECT if direct else template), tokenizer, rng, config.max_doc_tokens
-        episodes.append(transcript(fact, draft, searched, *options))
-    return episodes
-
-
-# ------------------------------------------------------------------------------------------------------------
 # the exam
 
 
@@ -187,7 +109,7 @@ def exam(model, tokenizer, held_out: list[Question], injected: list[Question], r
     reading      of the held-out episodes with a gold in their results, the share with the right answer
     SR           share that searches, of the questions that are right closed-book and of the others"""
     questions, n, figures = held_out + injected, len(held_out), {}
-    answers = closed_book(model, tokenizer, questions, config)
+    answers = closed_book(model, tokenizer, questions, config.max_answer_tokens)
     known = [exact_match(a, q) == 1.0 for a, q in zip(answers, questions, strict=True)]
     figures["recall"] = mean(known[n:])
     for kind, temperature in ("greedy", 0.0), ("sampled", 1.0):
@@ -277,10 +199,10 @@ def main(config: Config):
         raise InputError(f"--train: {of}, {need} are needed, {config.exam_size} of them for the exam")
     held_out, train = readable[: config.exam_size], readable[config.exam_size :][: config.questions or None]
     sampler = copy.deepcopy(model).bfloat16() if config.bf16 else model
-    drafts = closed_book(sampler, tokenizer, [fact.question for fact in train], config)
+    drafts = closed_book(sampler, tokenizer, [f.question for f in train], config.max_answer_tokens)
     for fact, draft in zip(train, drafts, strict=True):
         fact.draft, fact.known = draft or "unknown", exact_match(draft, fact.question) == 1.0
-    episodes = write_transcripts(tokenizer, train, inject, decoys, config)
+    episodes = write_transcripts(tokenizer, template, train, inject, decoys, config)
     rows = [(e.prompt_ids + e.ids, [False] * len(e.prompt_ids) + e.loss_mask) for e in episodes]
     size, context = max(len(ids) for ids, _ in rows), context_length(model.config)
     if size > context:

@@ -41,11 +41,11 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from coldstart import fit
 from config import check_ranges, fail, parse
 from data import Doc, InputError, Question
 from prompts import DIRECT, Template, encode_result, render
 from reward import METHODS
+from sft import fit
 
 HOMES = "oslo lima cairo quito delhi paris tokyo rome accra seoul minsk tunis".split()
 COLOURS = "red blue green black white pink grey gold brown teal amber ivory".split()

@@ -10,15 +10,25 @@ the model sees of its results.
 
 from __future__ import annotations
 
+import random
 import string
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from data import Doc, Episode, Question, Segment
-from prompts import Template, closing_token, encode_foreign, encode_result, neutralise, passage, render
-from reward import exact_match, normalise
-from rollout import detokenize
+from prompts import (
+    DIRECT,
+    Template,
+    closing_token,
+    encode_foreign,
+    encode_result,
+    neutralise,
+    passage,
+    render,
+)
+from reward import exact_match, normalise, parse_episode
+from rollout import detokenize, rollout
 
 REMINDED = 0.1  # share of transcripts with a reminder, where a method has one
 
@@ -131,3 +141,31 @@ def transcript(
     add("model", encode(text) + end * (not template.answer_ends), text, True)
     episode.stop = "answer" if template.answer_ends else "eos"
     return episode
+
+
+def closed_book(model, tokenizer, questions: list[Question], max_answer_tokens: int) -> list[str]:
+    """The model's greedy closed-book answers: the first line, without its final stop."""
+    options = {"temperature": 0.0, "slots": 64, "max_completion_length": max_answer_tokens}
+    episodes = rollout(model, tokenizer, DIRECT, questions, progress="closed-book", **options)
+    lines = ((parse_episode(e).answer or "").strip().partition("\n")[0] for e in episodes)
+    return [line.strip().rstrip(".") for line in lines]
+
+
+def write_transcripts(
+    tokenizer, template: Template, train: list[Fact], inject: list[Fact], decoys: list[Fact], config
+) -> list[Episode]:
+    """All transcripts of a cold start, in random order: `config.rows` about `train`, and `config.times` about
+    each of the others, some of which are closed-book. `config` is a coldstart.Config."""
+    rng, answers = random.Random(f"transcripts {config.seed}"), [f.answer for f in inject + decoys]
+    plans = [(train[i % len(train)], train[i % len(train)].draft, False) for i in range(config.rows)]
+    for fact in (f for f in inject + decoys for _ in range(config.times)):
+        others = [a for a in answers if normalise(a) != normalise(fact.answer)]
+        draft = rng.choice(others) if fact in decoys else fact.answer
+        plans.append((fact, draft, rng.random() < config.closed_book))
+    episodes = []
+    for fact, draft, direct in rng.sample(plans, len(plans)):
+        share = config.search_known if fact.known else config.search_unknown
+        searched = not direct and fact.turns is not None and rng.random() < share
+        options = (DIRECT if direct else template), tokenizer, rng, config.max_doc_tokens
+        episodes.append(transcript(fact, draft, searched, *options))
+    return episodes
