@@ -221,7 +221,8 @@ def main(config: Config):
     content = {"config": asdict(config), "counts": counts, "exam": figures, "advice": advice(figures)}
     (out / "coldstart.json").write_text(json.dumps(content, indent=1))
     print(*(f"{name:20} {'-' if x is None else f'{x:.2f}'}" for name, x in figures.items()), sep="\n")
-    print(*(f"warning: {line}" for line in advice(figures)), sep="\n")
+    for line in advice(figures):
+        print(f"warning: {line}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on rows of ids with a loss mask: the base model of the toy world (toy.py) and the cold
-start of a real model (coldstart.py) are trained here.
+"""Supervised fine-tuning on rows of ids with a loss mask. The base model of the toy world (toy.py) and the
+cold start of a real model (coldstart.py) are trained here.
 
     fit(model, batches, steps=142, learning_rate=3e-4, warmup=20, desc="cold start", bf16=True)
 """
