@@ -31,7 +31,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,16 +38,16 @@ import torch
 
 from cache import context_length
 from config import check_ranges, check_writable, fail, parse
-from data import Episode, InputError, Question, load_sets
+from data import InputError, Question
 from disk import write_model
 from evaluate import Transcripts
 from measures import is_right, mean
 from model import check_prompts, load_model, probe
 from retriever import RetrieverError, open_retriever
-from reward import METHODS, exact_match, normalise, parse_episode
+from reward import METHODS, exact_match, parse_episode
 from rollout import rollout
 from sft import fit
-from transcripts import closed_book, find_gold, read_results, write_transcripts
+from transcripts import closed_book, find_gold, is_valid, load_questions, read_results, write_transcripts
 
 
 @dataclass
@@ -90,14 +89,6 @@ FORMAT, READING, SEARCH = 0.95, 0.5, (0.2, 0.95)  # what the exam asks for; SEAR
 
 # ------------------------------------------------------------------------------------------------------------
 # the exam
-
-
-def is_valid(episode: Episode) -> bool:
-    """Whether an episode has the structure of its method: SEM's grammar, elsewhere no mistake and an answer
-    at the end."""
-    p = parse_episode(episode)
-    clean = episode.stop in ("eos", "answer") and "!" not in p.shape and bool(p.answer)
-    return p.valid if episode.template.draft else clean
 
 
 def exam(model, tokenizer, held_out: list[Question], injected: list[Question], retriever, config, log):
@@ -148,21 +139,6 @@ def advice(figures: dict[str, float | None]) -> list[str]:
 # the program
 
 
-def load_questions(config: Config) -> list[list[Question]]:
-    """The questions of --train, --inject and --decoys, shuffled. Raises InputError if one is in two files,
-    and for multiple choice among the facts to teach."""
-    groups, places = [], {}
-    for flag in ("train", "inject", "decoys"):
-        questions = [q for rows in load_sets(getattr(config, flag), "train").values() for q in rows]
-        for q in questions:
-            if (place := places.setdefault(normalise(q.text), q.source)) != q.source:
-                raise InputError(f"--{flag}: question {q.id} of {q.source} is in {place} too")
-            if q.choices and flag != "train":
-                raise InputError(f"--{flag}: {q.id} of {q.source}: the letter of an option is not a fact")
-        groups.append(random.Random(config.seed).sample(questions, len(questions)))
-    return groups
-
-
 def check(config: Config):
     """Raises InputError for values that make no sense, before anything is loaded."""
     for name in ("model", "train", "output_dir"):
@@ -179,7 +155,9 @@ def check(config: Config):
 def main(config: Config):
     check(config)
     out, template = Path(config.output_dir), METHODS[config.method].template
-    groups = load_questions(config)
+    groups = load_questions(
+        {flag: getattr(config, flag) for flag in ("train", "inject", "decoys")}, config.seed
+    )
     retriever = open_retriever(config, {"train": config.train})
     model, tokenizer = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     longest = check_prompts(model, tokenizer, template, [q for group in groups for q in group])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from data import Doc, Episode, Question, Segment
+from data import Doc, Episode, InputError, Question, Segment, load_sets
 from prompts import (
     DIRECT,
     Template,
@@ -49,6 +49,21 @@ class Fact:
     turns: list[tuple[str, list[Doc], str]] | None  # query, documents, words to quote; None: not readable
     draft: str = ""  # the model's closed-book answer
     known: bool = False  # whether that is right
+
+
+def load_questions(specs: dict[str, str], seed: int) -> list[list[Question]]:
+    """The questions of "train", "inject" and "decoys", shuffled. Raises InputError if one is in two files,
+    and for multiple choice among the facts to teach."""
+    groups, places = [], {}
+    for flag, spec in specs.items():
+        questions = [q for rows in load_sets(spec, "train").values() for q in rows]
+        for q in questions:
+            if (place := places.setdefault(normalise(q.text), q.source)) != q.source:
+                raise InputError(f"--{flag}: question {q.id} of {q.source} is in {place} too")
+            if q.choices and flag != "train":
+                raise InputError(f"--{flag}: {q.id} of {q.source}: the letter of an option is not a fact")
+        groups.append(random.Random(seed).sample(questions, len(questions)))
+    return groups
 
 
 def find_gold(question: Question, text: str, before: int = 8) -> tuple[str, str] | None:
@@ -169,3 +184,11 @@ def write_transcripts(
         options = (DIRECT if direct else template), tokenizer, rng, config.max_doc_tokens
         episodes.append(transcript(fact, draft, searched, *options))
     return episodes
+
+
+def is_valid(episode: Episode) -> bool:
+    """Whether an episode has the structure of its method: SEM's grammar, elsewhere no mistake and an answer
+    at the end."""
+    p = parse_episode(episode)
+    clean = episode.stop in ("eos", "answer") and "!" not in p.shape and bool(p.answer)
+    return p.valid if episode.template.draft else clean

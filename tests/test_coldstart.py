@@ -24,7 +24,7 @@ from model import load_model
 from prompts import DIRECT
 from retriever import RetrieverError
 from reward import METHODS, exact_match, parse_episode
-from rollout import rollout
+from rollout import detokenize, rollout
 from sft import fit
 from transcripts import Fact, find_gold, read_results, transcript, write_transcripts
 
@@ -96,10 +96,10 @@ def test_the_reward_of_the_method_pays_a_transcript_that_read(method):
     fact = Fact(PARIS, "Paris", TURNS[:1])
     e = transcript(fact, "Rome", True, template, tokenizer, Dice(1.0), max_doc_tokens=60)
     assert METHODS[method].reward(e, PARIS, tau=0.5, group=[e])["reward"] > 0.6
-    assert coldstart.is_valid(e) and parse_episode(e).answer == "Paris"
+    assert transcripts.is_valid(e) and parse_episode(e).answer == "Paris"
     assert parse_episode(e).first == ("Rome" if template.draft else parse_episode(e).first)
     e = transcript(fact, "Rome", False, template, tokenizer, Dice(1.0), max_doc_tokens=60)
-    assert exact_match(parse_episode(e).answer, PARIS) == 0.0 and coldstart.is_valid(e)
+    assert exact_match(parse_episode(e).answer, PARIS) == 0.0 and transcripts.is_valid(e)
 
 
 def test_a_closed_book_transcript_is_the_answer_alone():
@@ -288,6 +288,26 @@ def test_every_dialect_runs(tmp_path, capsys, method):
     trained, start = (load_model(f"{tmp_path}/{name}", "cpu")[0] for name in ("cold", "model"))
     pairs = zip(trained.parameters(), start.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_the_environment_and_the_user_wrote_is_not_trained_on(tmp_path, monkeypatch):
+    config, given = write_files(tmp_path, pieces()), []
+
+    def stop(model, batches, steps, *args):
+        given.extend(row for batch in batches for row in batch)
+        assert steps == len(batches) == 4
+        raise InputError("enough")
+
+    monkeypatch.setattr(coldstart, "fit", stop)
+    with pytest.raises(InputError, match="enough"):
+        coldstart.main(config)
+    assert len(given) == 32
+    for ids, mask in given:
+        text = detokenize(pieces(), [i for i, on in zip(ids, mask, strict=True) if on])
+        assert text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1
+        assert "assistant" not in text and "<result>" not in text and len(ids) == len(mask)
+    searched = [detokenize(pieces(), ids) for ids, _ in given]
+    assert any("<result>" in text for text in searched)
 
 
 def test_a_pad_token_that_is_the_end_token_is_learnt_as_an_end(tmp_path):

@@ -187,7 +187,7 @@ def test_what_does_no_harm_is_taken(world, change):
 def test_gguf_is_refused_with_the_way_to_convert_it(tmp_path, place):
     (tmp_path / "model.Q4_1.gguf").write_bytes(b"GGUF")
     name = {"file": f"{tmp_path}/model.Q4_1.gguf", "folder": str(tmp_path), "hub": "owner/name-GGUF"}[place]
-    with pytest.raises(InputError, match="GGUF; 'A real model' in README.md says how to convert it"):
+    with pytest.raises(InputError, match=r"GGUF; 'A real model' in README.md says how to convert it"):
         load_model(name, "cpu")
 
 
