@@ -7,7 +7,8 @@ stands in what BM25 returns. Within each file they are split at random:
     injected    their answers are taught in the cold start, so that the model knows them
     unknown     not taught; those that the model answers right in any of 4 closed-book samples are dropped
     decoys      shown in the cold start as often and in the same forms, each time with another's answer
-    habits      searching and reading are taught on these, and on HotpotQA and 2WikiMultihopQA
+    habits      searching and reading are taught on these, on HotpotQA and 2WikiMultihopQA, and on the single
+                steps of MuSiQue's questions
 
 RL trains on half of the injected and of the unknown questions. The tests are the other halves, the decoys,
 GSM8K as the stranger, and all of them but GSM8K in a second wording that nothing is trained on. A question is
@@ -16,9 +17,9 @@ GSM8K as the stranger, and all of them but GSM8K in a second wording that nothin
     python bench/real_model.py --small --model DIR --data FOLDER --corpus corpus.jsonl
 
 FOLDER holds flashrag/NAME/ with FlashRAG's JSONL files of nq, triviaqa, popqa and hotpotqa, and hotpotqa/,
-2wikimultihopqa/ and gsm8k/ with the official ones. A stage leaves a folder or a file in --output_dir, and is
-not repeated if NAME.done is there; RL goes on from its newest checkpoint. So the program can be stopped at
-any time and started again with the same flags.
+2wikimultihopqa/, musique/ and gsm8k/ with the official ones. A stage leaves a folder or a file in
+--output_dir, and is not repeated if NAME.done is there; RL goes on from its newest checkpoint. So the program
+can be stopped at any time and started again with the same flags.
 """
 
 import json
@@ -76,6 +77,7 @@ class Config:
     times: int = 25  # transcripts of each injected question and decoy
     topk: int = 2  # documents a search returns
     max_doc_tokens: int = 80  # tokens that a document is cut to
+    search_known: float = 0.6  # share of transcripts about injected questions and decoys that search
     learning_rate: float = 3e-4  # of the cold start
     rl_steps: int = 30  # steps of RL
     rl_prompts: int = 16  # questions a step, each sampled 8 times
@@ -90,6 +92,8 @@ MULTI_HOP = {  # file: data set
     "hotpotqa/hotpot_dev_distractor_v1.json": "hotpotqa",
     "flashrag/hotpotqa/train.jsonl": "hotpotqa",
     "2wikimultihopqa/dev.json": "2wikimultihopqa",
+    "musique/musique_ans_v1.0_train.jsonl": "musique",
+    "musique/musique_ans_v1.0_dev.jsonl": "musique",
 }
 
 
@@ -106,6 +110,17 @@ def reworded(question: Question) -> Question:
     text = question.text.strip().rstrip("?. ")
     text = text if text[:2].isupper() else text[:1].lower() + text[1:]
     return replace(question, text=f"I would like to know this: {text}. Can you tell me?")
+
+
+def steps_of(question: Question) -> list[Question]:
+    """The steps of a question of MuSiQue as questions of their own."""
+    singles, golds = [], []
+    for text, answers in question.steps:
+        for i, gold in enumerate(golds, 1):
+            text = text.replace(f"#{i}", gold)
+        singles.append(Question(f"{question.id}-{len(golds)}", text, answers, question.source))
+        golds.append(answers[0])
+    return singles
 
 
 def split(config: Config, out: Path):
@@ -140,9 +155,10 @@ def split(config: Config, out: Path):
                 owner |= dict.fromkeys(answers, side)
                 chosen[side].append(question)
     multi = [q for file, name in MULTI_HOP.items() for q in load(f"{name}:{folder}/{file}")]
+    multi = [single for q in multi for single in (steps_of(q) if q.steps else [q])]
     unique = {normalise(q.text): q for q in multi if normalise(q.text) not in seen}
     reading = readable([*unique.values()])
-    counts |= {"multi-hop": f"{len(reading)} of {len(unique)}"} | {s: len(qs) for s, qs in chosen.items()}
+    counts |= {"reading": f"{len(reading)} of {len(unique)}"} | {s: len(qs) for s, qs in chosen.items()}
     save(out / "reading.jsonl", [replace(q, id=f"{q.source}-{q.id}") for q in reading])
     for side, questions in chosen.items():
         save(out / f"{side}.jsonl", questions)
@@ -152,7 +168,8 @@ def split(config: Config, out: Path):
 
 def cold_start(config: Config, data: Path, out: Path):
     shutil.rmtree(out, ignore_errors=True)  # what an unfinished attempt has left
-    names = "model corpus seed rows times topk max_doc_tokens learning_rate max_completion_length".split()
+    names = "model corpus seed rows times topk max_doc_tokens learning_rate".split()
+    names += ["max_completion_length", "search_known"]
     settings = {name: getattr(config, name) for name in names} | {"max_searches": 1, "exam_size": 40}
     settings |= {"train": f"{data}/reading.jsonl,{data}/habits.jsonl", "output_dir": str(out)}
     settings |= {"inject": f"{data}/injected.jsonl", "decoys": f"{data}/decoys.jsonl"}
