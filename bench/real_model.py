@@ -226,7 +226,7 @@ def ask(config: Config, files: Path, folder: Path, out: Path, first: bool):
 
 
 def train(config: Config, files: Path, cold: Path, out: Path, reward: str):
-    """RL, which goes on where it was stopped."""
+    """RL, which goes on where it was stopped: also after more --rl_steps, if the .done file is removed."""
     names = "corpus seed topk max_doc_tokens max_completion_length".split()
     settings = {name: getattr(config, name) for name in names} | {"model": str(cold), "output_dir": str(out)}
     settings |= {"train": f"{files}/train/injected.jsonl,{files}/train/unknown.jsonl", "reward": reward}
@@ -234,7 +234,7 @@ def train(config: Config, files: Path, cold: Path, out: Path, reward: str):
     settings |= {"learning_rate": config.rl_learning_rate, "warmup_steps": 2, "beta": 0.0, "bf16": True}
     settings |= {"max_searches": 1, "save_steps": 2, "save_total_limit": 1, "log_completions": 16}
     run = RunConfig(**settings, resume=(out / "run.json").exists())
-    if grpo.main(run, set()):
+    if grpo.main(run, {"max_steps"}):  # which may be raised afterwards
         sys.exit(130)
 
 
