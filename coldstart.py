@@ -20,7 +20,12 @@ another question. A policy that knows what it knows treats them like unknown que
 the wording of what it was trained on does not.
 
     python coldstart.py --model DIR --train hotpotqa:dev.json --corpus corpus.jsonl --output_dir out/cold
-    python grpo.py --model out/cold ...
+    python coldstart.py --model out/cold --train ... --output_dir out/cold2 --search_known 0.85
+    python grpo.py --model out/cold2 ...
+
+The second round is worth its time where facts are taught. In the first one the drafts of all other questions
+are those of the start model: long sentences, where the taught ones are a few words. A model can tell known
+from unknown by that alone. In the second one its drafts have one style (see bench/RESULTS.md).
 
 The output is a Hugging Face directory with coldstart.json (the settings and the exam) and transcripts.jsonl
 (some of what was trained on, and the episodes of the exam).

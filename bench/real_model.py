@@ -73,11 +73,11 @@ class Config:
     decoys: int = 20  # questions
     habits: int = 40  # questions of the pool that searching and reading are taught on
     stranger: int = 40  # questions of GSM8K
-    rows: int = 2000  # transcripts about habits, HotpotQA and 2WikiMultihopQA
-    times: int = 25  # transcripts of each injected question and decoy
+    rows: int = 2000  # transcripts that teach reading, and half as many in a second round
+    times: int = 25  # transcripts of each injected question and decoy, and a quarter in a second round
     topk: int = 2  # documents a search returns
     max_doc_tokens: int = 80  # tokens that a document is cut to
-    search_known: float = 0.6  # share of transcripts about injected questions and decoys that search
+    search_known: float = 0.85  # share of transcripts about injected questions and decoys that search
     learning_rate: float = 3e-4  # of the cold start
     rl_steps: int = 30  # steps of RL
     rl_prompts: int = 16  # questions a step, each sampled 8 times
@@ -167,13 +167,22 @@ def split(config: Config, out: Path):
 
 
 def cold_start(config: Config, data: Path, out: Path):
-    shutil.rmtree(out, ignore_errors=True)  # what an unfinished attempt has left
-    names = "model corpus seed rows times topk max_doc_tokens learning_rate".split()
-    names += ["max_completion_length", "search_known"]
+    """Two rounds. In the first one the drafts of questions that are not injected are the long sentences of
+    the start model, from which it can tell them apart. In the second one they are as short as the golds."""
+    first = out.with_name(f"{out.name}-first")
+    names = "corpus seed topk max_doc_tokens learning_rate max_completion_length search_known".split()
     settings = {name: getattr(config, name) for name in names} | {"max_searches": 1, "exam_size": 40}
-    settings |= {"train": f"{data}/reading.jsonl,{data}/habits.jsonl", "output_dir": str(out)}
+    settings |= {"train": ",".join(f"{data}/{name}.jsonl" for name in ("reading", "habits"))}
     settings |= {"inject": f"{data}/injected.jsonl", "decoys": f"{data}/decoys.jsonl"}
-    coldstart.main(coldstart.Config(**settings))
+    rounds = (
+        (config.model, first, config.rows, config.times),
+        (first, out, config.rows // 2, config.times // 4),
+    )
+    for model, folder, rows, times in rounds:
+        if not (folder / "coldstart.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what an unfinished attempt has left
+            amounts = {"rows": rows, "times": times}
+            coldstart.main(coldstart.Config(model=str(model), output_dir=str(folder), **amounts, **settings))
 
 
 def open_model(folder: Path):

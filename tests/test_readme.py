@@ -38,7 +38,9 @@ def test_the_files_that_the_readme_names_exist():
 
 def test_commands_name_flags_that_exist(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    programs = map(importlib.import_module, ("config", "evaluate", "look", "retriever", "methods"))
+    programs = map(
+        importlib.import_module, ("config", "evaluate", "look", "retriever", "methods", "coldstart")
+    )
     flags = {name for program in programs for name in program.Config.__dataclass_fields__} | {
         "help",
         "gpu",
