@@ -34,6 +34,8 @@ class Question:
     answers: list[str]  # any of them is right; for a multiple-choice question the letter of the right option
     source: str  # name of the data set; the mix is balanced by it, and metrics are reported for each
     choices: list[str] | None = None  # the options of a multiple-choice question, A first
+    steps: list[tuple[str, list[str]]] | None = None  # MuSiQue: (question, answers) of each hop; #1 in a
+    # question stands for the answer of the first hop
 
     def answer_texts(self) -> list[str]:
         """The answers in words: for a multiple-choice question the text of the right option."""
@@ -159,7 +161,10 @@ def _flashrag(row, n):
 def _musique(row, n):
     # If the aliases are one text, `+` raises TypeError, while [.., *aliases] would split it into letters.
     answers = [row["answer"]] + row["answer_aliases"]
-    return row["id"], row["question"], answers, None
+    steps = [
+        (s["question"].replace(" >> ", " "), [s["answer"]]) for s in row.get("question_decomposition", [])
+    ]
+    return row["id"], row["question"], answers, None, steps
 
 
 def _two_hop(row, n):
@@ -177,7 +182,7 @@ def _mmlu(row, n):
     return f"{subject}-{n}", row["question"], [letter], row["choices"]
 
 
-def _question(source: str, where: str, id, text, answers, choices) -> Question:
+def _question(source: str, where: str, id, text, answers, choices, steps=None) -> Question:
     if not isinstance(answers, list) or not isinstance(choices or [], list):
         raise InputError(f"{where}: answers and choices are lists")
     if not all(isinstance(t, str) for t in [source, text, *answers, *(choices or [])]):
@@ -193,7 +198,7 @@ def _question(source: str, where: str, id, text, answers, choices) -> Question:
     for answer in answers:
         if letters and answer not in letters:
             raise InputError(f"{where}: answer {answer!r} is not one of the letters A-{letters[-1]}")
-    return Question(str(id), text, answers, source, choices or None)
+    return Question(str(id), text, answers, source, choices or None, steps or None)
 
 
 _FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")  # LaTeX: \frac{1}{2}

@@ -320,7 +320,7 @@ def train(run: Run) -> int:
                 if without_retriever == 3:
                     why = "training on the rest would be closed-book"
                     raise InputError(f"most searches failed in three steps in a row; {why}")
-                without_gradient = without_gradient + 1 if warn(metrics) else 0
+                without_gradient = without_gradient + 1 if warn(metrics, run.step) else 0
                 if without_gradient == 10:
                     raise InputError(f"step {run.step}: no finite gradient ten times in a row")
                 if run.step % config.save_steps == 0 or run.step == config.max_steps:
@@ -347,8 +347,14 @@ def train(run: Run) -> int:
     return 0
 
 
-def warn(metrics: dict) -> bool:
-    """Warns of a step that taught little or nothing. Returns whether it had no finite gradient."""
+def warn(metrics: dict, step: int) -> bool:
+    """Warns of a step that taught little or nothing, and in the first five steps of a start model from which
+    RL cannot learn. Returns whether the step had no finite gradient."""
+    if step <= 5 and metrics.get("format") == 0:
+        tqdm.write("warning: no episode has a valid structure, so none earns a reward; see coldstart.py")
+    for name in (n for n, em in metrics.items() if step <= 5 and n.startswith("em_searched/") and em < 0.05):
+        what = f"{metrics[name]:.2f} of the episodes of {name.partition('/')[2]} that search are right"
+        tqdm.write(f"warning: {what}: who cannot read results learns not to search; see coldstart.py")
     if metrics["completions/clipped_ratio"] > 0.5:
         tqdm.write("warning: more than half of the episodes ran out of tokens; raise --max_completion_length")
     if metrics["frac_reward_zero_std"] == 1:

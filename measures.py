@@ -84,6 +84,8 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
         of_source = [e for e, _ in counted if e.question.source == source]
         metrics[f"search_ratio/{source}"] = mean(e.searches > 0 for e in of_source)
         metrics[f"em/{source}"] = mean(map(is_right, of_source))
+        if searched := [e for e in of_source if e.searches]:
+            metrics[f"em_searched/{source}"] = mean(map(is_right, searched))
     return metrics
 
 

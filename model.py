@@ -36,6 +36,9 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
 
     Code that comes with a checkpoint is never run. Attention is SDPA, because the masks of the sampler are
     boolean; only decode steps on a GPU have a kernel of their own (runner.step_hidden)."""
+    in_folder = list(Path(name).glob("*.gguf")) and not Path(name, "config.json").exists()
+    if in_folder or name.lower().endswith("gguf"):
+        raise InputError(f"{flag} {name}: GGUF; 'A real model' in README.md says how to convert it")
     if name.startswith(("/", ".")) and not os.path.isdir(name):
         raise InputError(f"{flag} {name}: no such directory")
     adapter = (

@@ -34,18 +34,18 @@ import random
 import shutil
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config import check_ranges, fail, parse
 from data import Doc, InputError, Question
 from prompts import DIRECT, Template, encode_result, render
 from reward import METHODS
+from sft import fit
 
 HOMES = "oslo lima cairo quito delhi paris tokyo rome accra seoul minsk tunis".split()
 COLOURS = "red blue green black white pink grey gold brown teal amber ivory".split()
@@ -275,28 +275,11 @@ def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
 
 
 def train(model, world: World, rng: random.Random, config: Config, tokenizer):
-    """Plain next-token prediction on transcripts, on a GPU if there is one. Result tokens are included,
-    because they teach copying."""
-    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-    bar = tqdm(range(config.steps), desc="toy base model")
-    for step in bar:
-        decay = 0.55 + 0.45 * math.cos(math.pi * step / config.steps)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * min((step + 1) / 100, decay)
-        rows = sorted((transcript(world, rng, config, tokenizer) for _ in range(config.batch_size)), key=len)
-        tokens, total = sum(map(len, rows)) - len(rows), 0.0
-        quarter = -(-len(rows) // 4)  # four parts of similar lengths need half the padding of one
-        for part in (rows[i : i + quarter] for i in range(0, len(rows), quarter)):
-            ids = padded(part).to(model.device)  # [part, width]
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-            loss = cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=PAD, reduction="sum") / tokens
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
-    model.cpu().eval()
+    """Trains on every token of the transcripts; those of results are included, because they teach copying."""
+    rows = ((t, [True] * len(t)) for t in iter(lambda: transcript(world, rng, config, tokenizer), None))
+    batches = (list(islice(rows, config.batch_size)) for _ in range(config.steps))
+    fit(model, batches, config.steps, config.learning_rate, 100, "toy base model")
+    model.cpu()
 
 
 def padded(rows: list[list[int]]) -> torch.Tensor:

@@ -181,3 +181,16 @@ def test_what_does_no_harm_is_taken(world, change):
     change(Path(world["model"]))
     model, _ = load_model(world["model"], "cpu")
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("place", ["file", "folder", "hub"])
+def test_gguf_is_refused_with_the_way_to_convert_it(tmp_path, place):
+    (tmp_path / "model.Q4_1.gguf").write_bytes(b"GGUF")
+    name = {"file": f"{tmp_path}/model.Q4_1.gguf", "folder": str(tmp_path), "hub": "owner/name-GGUF"}[place]
+    with pytest.raises(InputError, match=r"GGUF; 'A real model' in README.md says how to convert it"):
+        load_model(name, "cpu")
+
+
+def test_a_model_beside_a_gguf_file_is_loaded(world):
+    Path(world["model"], "model.gguf").write_bytes(b"GGUF")
+    load_model(world["model"], "cpu")
