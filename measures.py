@@ -42,12 +42,15 @@ def mean(values: Iterable[float]) -> float | None:
 
 def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, tau: float) -> dict[str, float]:
     """What the episodes of a training step were like, under TRL's names where TRL has one. `parts[i]` is what
-    the reward of episode i returned, and empty if its search failed.
+    the reward of episode i returned, and empty if its search failed. So many consecutive episodes as
+    `group_size` says are compared with one another: a group, or half of one.
 
     An episode whose search failed says nothing about the policy, so it counts in tools/failure_frequency
-    only. Lengths and num_tokens count policy tokens. TRL's num_tokens grows over the run; this one is of the
-    step alone."""
+    only. What is about searches and right answers counts the episodes with a search engine alone (`engine`).
+    Lengths and num_tokens count policy tokens. TRL's num_tokens grows over the run; this one is of the step
+    alone."""
     counted = [(e, p) for e, p in zip(episodes, parts, strict=True) if p]
+    engine = [e for e, _ in counted if e.engine]
     n = max(1, len(counted))
     lengths = [e.policy_tokens for e, _ in counted]
     terminated = [e.policy_tokens for e, _ in counted if e.stop in ("eos", "answer")]
@@ -68,20 +71,22 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
         "completions/max_length": max(lengths, default=0),
         "completions/mean_terminated_length": mean(terminated) or 0.0,
         "completions/clipped_ratio": sum(e.stop == "length" for e, _ in counted) / n,
-        "tools/call_frequency": sum(e.searches for e, _ in counted) / n,
-        "tools/failure_frequency": 1 - len(counted) / len(episodes),
+        "tools/call_frequency": sum(e.searches for e in engine) / max(1, len(engine)),
+        "tools/failure_frequency": 1 - len(engine) / sum(e.engine for e in episodes),
         "num_tokens": sum(lengths),
     }
     first = counted[0][1] if counted else {}
     if "f" in first:
         metrics["format"] = sum(p["f"] for _, p in counted) / n
     if "f1_a1" in first:
-        suspects, searched = sandbag_suspects(groups, tau)
+        firsts = episodes[::group_size]
+        with_engine = [group for group, e in zip(groups, firsts, strict=True) if e.engine]
+        suspects, searched = sandbag_suspects(with_engine, tau)
         metrics["sandbag_suspects"] = suspects / searched if searched else 0.0
     if episodes[0].template.self_search:  # these are not in call_frequency and search_ratio
         metrics["tools/self_searches"] = sum(parse_episode(e).shape.count("S") for e, _ in counted) / n
-    for source in sorted({e.question.source for e, _ in counted}):
-        of_source = [e for e, _ in counted if e.question.source == source]
+    for source in sorted({e.question.source for e in engine}):
+        of_source = [e for e in engine if e.question.source == source]
         metrics[f"search_ratio/{source}"] = mean(e.searches > 0 for e in of_source)
         metrics[f"em/{source}"] = mean(map(is_right, of_source))
     return metrics

@@ -27,7 +27,8 @@ The methods that SEM is compared with pay for the final answer, and nothing in t
     research      F1, or 0.1 where F1 is 0; in a broken format 0
 
 No reward reads retrieved text, so such a text cannot answer, close a tag or break the structure. To add a
-reward, write a function and an entry of REWARDS, at the end of this file.
+reward, write a function and an entry of REWARDS, at the end of this file. (boundary.py has one for which half
+of each group is sampled in another way.)
 
     reward = REWARDS["sem"](episode, episode.question, tau=0.5)["reward"]
 """
@@ -455,6 +456,7 @@ REWARDS = {  # --reward
     "ssrl": Reward(ssrl, fits=lambda template: template.self_search),
     "otc": Reward(otc, fits=lambda template: not template.self_search),  # self-searches are not counted
     "flat": Reward(flat, fits=lambda template: not template.self_search),
+    "ikea": Reward(ikea, fits=lambda template: not template.self_search),
 }
 
 

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import boundary
 import prompts
 import reward
 from data import Episode, InputError, Question, Segment, load, number
@@ -1245,6 +1246,7 @@ def test_the_table_is_complete():
     for name in ("sem", "ssrl", "search-r1", "research", "zerosearch"):  # the methods that were published
         assert METHODS[name].reward is REWARDS[name] and METHODS[name].template == RULES[name].template
     assert REWARDS["sem"].function is sem
+    assert REWARDS["boundary"].function is boundary.boundary  # from a file of its own
 
 
 @pytest.mark.parametrize(
@@ -1259,6 +1261,7 @@ def test_the_table_is_complete():
         ("otc", {"sem", "search-r1", "research", "zerosearch"}),  # it does not count self-searches
         ("flat", {"sem", "search-r1", "research", "zerosearch"}),
         ("ikea", {"sem", "search-r1", "research", "zerosearch"}),
+        ("boundary", {"sem", "search-r1", "research", "zerosearch"}),
     ],
 )
 def test_which_methods_a_reward_fits(name, methods):
