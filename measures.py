@@ -125,6 +125,7 @@ class Record:
     forced: bool | None = None  # right in the pass in which a search is forced
     judged: bool | None = None  # right for the judge; None also where the judge gave no verdict
     sampled: list[bool] | None = None  # right, for each sampled episode
+    closed_book: list[bool] | None = None  # the same in the closed-book prompt, see knowledge.py
 
     @property
     def searched(self) -> bool:
@@ -266,17 +267,18 @@ def markdown(tables: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def cell(figure: dict[str, float] | None) -> str:
+    """Value (95 % interval; number of questions)."""
+    return "{value:.3f} ({low:.3f} to {high:.3f}; {n})".format(**figure) if figure else "-"
+
+
 def report(table: dict[str, dict[str, dict[str, float]]]) -> str:
     """{set: measures} -> a markdown table with one line for each measure, value (95 % interval; number of
     questions), and the definitions of the measures below it."""
     names = dict.fromkeys(name for measures in table.values() for name in measures)
     lines = [f"| measure | {' | '.join(table)} |", "| --- |" + " ---: |" * len(table)]
     for name in names:
-        cells = (
-            f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}; {m['n']})" if (m := row.get(name)) else "-"
-            for row in table.values()
-        )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cell(row.get(name)) for row in table.values())} |")
     definitions = {name: share.definition for name, share in SHARES.items()}
     definitions |= {name: definition for name, (definition, _) in FIGURES.items()}
     definitions |= {name: "right at least once in that many samples" for name in names if "pass@" in name}
