@@ -119,9 +119,10 @@ def of_source(source: str, episodes):
 
 
 def test_the_metrics_of_a_step_are_about_the_half_with_an_engine():
-    """Two groups of four. In the first one half of each is right; one episode searches after a wrong draft,
-    although another one of its half was right without a search. In the second one a search fails."""
-    episodes = of_source("towers", group("T wrong S | T right", "T right | T wrong S R right"))
+    """Two groups of four. In the first one all are right; in each half one searches, although the other one
+    does not: after a right draft in the off half, and after a wrong one in the on half. In the second one a
+    search fails."""
+    episodes = of_source("towers", group("T right S | T right", "T right | T wrong S R right"))
     episodes += of_source("rivers", group("T wrong | T wrong", "T wrong S R right | T"))
     episodes[-1].stop = "search_failed"
     parts = []
@@ -134,9 +135,8 @@ def test_the_metrics_of_a_step_are_about_the_half_with_an_engine():
     assert metrics["search_ratio/towers"] == 1 / 2 and metrics["search_ratio/rivers"] == 1
     assert metrics["em/towers"] == 1 and metrics["em/rivers"] == 1
     assert metrics["sandbag_suspects"] == 1
-    assert metrics["reward"] == pytest.approx((0 + 1 + 1 + 0.95 + 0 + 0 + 1) / 7)
-    # the halves of the first group differ within, those of the second one have equal rewards or one member
-    assert metrics["frac_reward_zero_std"] == 1 / 3
+    assert metrics["reward"] == pytest.approx((1 + 1 + 1 + 0.95 + 0 + 0 + 1) / 7)
+    assert metrics["frac_reward_zero_std"] == 2 / 3  # both off halves; the fourth half has one member left
     assert label_shares(episodes, parts) == {
         f"labels/{name}/{source}": float((source, name) in {("towers", "nosearch"), ("rivers", "needsearch")})
         for source in ("rivers", "towers")

@@ -1194,6 +1194,7 @@ ikea            T (think) right                       answer  curie     -1
 ikea            T answer] right                       answer  curie     -1
 ikea            T [search]radium S R right            answer  curie     -1
 ikea            so T so right                         answer  curie     1.6
+ikea            T right radium</search>               bad_query  curie  1.6 -> -1 (no reminder follows)
 ikea            T S                                   turns   curie     .05 -> 0 (a query counts)
 ikea            T S R right S                         turns   curie     1.2 -> 1.4 (a query counts)
 ikea            T S R(answer) T                       length  curie     1.4 -> .05 (a document answers)
@@ -1214,6 +1215,7 @@ TRAITS = {
     "a tag in the answer is text",
     "an empty box is an answer",
     "a query counts",
+    "no reminder follows",
     "a document ends a thought",
 }
 
