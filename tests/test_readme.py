@@ -38,12 +38,10 @@ def test_the_files_that_the_readme_names_exist():
 
 def test_commands_name_flags_that_exist(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    programs = map(importlib.import_module, ("config", "evaluate", "look", "retriever", "methods"))
-    flags = {name for program in programs for name in program.Config.__dataclass_fields__} | {
-        "help",
-        "gpu",
-        "quick",
-    }  # the last two are of bench/
+    programs = map(importlib.import_module, ("config", "evaluate", "look", "retriever", "methods", "toy"))
+    flags = {name for program in programs for name in program.Config.__dataclass_fields__} | {"help"}
+    flags |= {"gpu", "quick"}  # of bench/
+    flags |= {"nproc_per_node", "shutdown"}  # of torchrun, which has --shutdown-timeout
     assert set(re.findall(r"--(?:no-)?([a-z0-9_]+)", README)) <= flags
 
 
