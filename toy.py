@@ -96,9 +96,7 @@ class World:
     absent: list[str] = field(default_factory=list)
     conflicting: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # fact -> its two values
     lacking: set[tuple[str, str]] = field(default_factory=set)  # facts that the corpus does not have
-    half_known: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # what the base model turned out to half know
+    half_known: set[tuple[str, str]] = field(default_factory=set)  # facts, by the exam of the base model
 
     @staticmethod
     def make(seed: int, between: int = 0) -> World:
