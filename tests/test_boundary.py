@@ -188,13 +188,16 @@ def test_each_half_has_its_own_advantages(world, steps, name):
     assert run_main(world | {"reward": name, "max_steps": "1"}) == 0
     [(engine, episodes, trained, advantage)] = steps
     assert engine == [False, False, True, True] and [e.engine for e in episodes] == engine * 4
-    expected = []
+    expected, spreads = [], []
     for half in (episodes[i : i + 2] for i in range(0, 16, 2)):
         a, b = (lively_reward(e, e.question)["reward"] for e in half)
-        expected += [(x - (a + b) / 2) / (abs(a - b) / math.sqrt(2) + 1e-4) for x in (a, b)]
+        spreads.append(abs(a - b) / math.sqrt(2))
+        expected += [(x - (a + b) / 2) / (spreads[-1] + 1e-4) for x in (a, b)]
     kept = [i for i, e in enumerate(episodes) if e.engine or name == "boundary"]
     assert [id(e) for e in trained] == [id(episodes[i]) for i in kept]
     assert advantage == pytest.approx([expected[i] for i in kept]) and len({*advantage}) > 2
+    [row] = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert row["reward_std"] == pytest.approx(sum(spreads) / 8)
 
 
 def test_a_half_with_one_episode_left_teaches_nothing(world, steps, monkeypatch):

@@ -442,7 +442,8 @@ def test_a_base_model_that_half_knows_too_little_is_trained_further(monkeypatch,
 
 
 @pytest.mark.parametrize("people", [-1, 1, 47, 177])
-def test_too_few_or_too_many_people_are_refused(tmp_path, people):
+def test_too_few_or_too_many_people_are_refused(monkeypatch, tmp_path, people):
+    monkeypatch.setattr(toy, "train", lambda *args: pytest.fail("trained"))
     with pytest.raises(InputError, match=f"--between {people}: must be 0 or between 48 and 176"):
         toy.build(toy.Config(output_dir=str(tmp_path / "world"), between=people))
     assert len(toy.World.make(1, between=176).between) == 176
