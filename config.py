@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import boundary
 from data import InputError
 from flags import comments, fail, parse  # noqa: F401 (the programs take all they need from here)
 from reward import METHODS, REWARDS
@@ -29,7 +30,7 @@ class Config:
 
     # what is trained, how, on what
     method: str = "sem"  # sem, ssrl, search-r1, research, zerosearch: prompt, reward, who writes the results
-    reward: str = ""  # in place of the method's reward: a name of reward.REWARDS, such as otc or flat
+    reward: str = ""  # in place of the method's reward: otc, flat, ikea, boundary, boundary_on, ...
     model: str = ""  # hub id or directory of the start model; none: the toy world (SEM: Qwen2.5-7B-Instruct)
     train: str = "musique,mmlu"  # data sets in equal shares: name (hub), name:path, or a JSONL path (SEM)
     eval: str = ""  # data sets of the greedy evaluation before and after training; none: no evaluation
@@ -176,6 +177,8 @@ def check(config: Config) -> Config:
     reward = REWARDS[config.reward] if config.reward else method.reward
     if config.reward and not reward.fits(method.template):
         raise InputError(f"--reward {config.reward}: it cannot read what --method {config.method} writes")
+    if getattr(reward, "halves", False):
+        boundary.check(config)
     if config.sem_kept is not None and reward is not REWARDS["sem"]:
         raise InputError(f"--sem_kept {config.sem_kept}: only for the reward sem")
     if config.lora_alpha is not None and not config.lora_r:

@@ -77,6 +77,7 @@ class Episode:
     segments: list[Segment] = field(default_factory=list)
     searches: int = 0  # searches that the environment answered
     stop: str = ""  # why the episode ended: see rollout.py
+    engine: bool = True  # whether the search engine was there; see `rollout(engine=..)`
     template: Any = field(kw_only=True)  # the prompts.Template it follows, which its readers need
 
     @property

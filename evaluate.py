@@ -6,6 +6,8 @@ should.
     python evaluate.py --model Qwen/Qwen2.5-7B-Instruct --adapter out/sem/adapter ...           # see lora.py
     python evaluate.py --model out/ssrl --real_searches 3 ...   # SSRL with real search (or all, or entropy)
 
+    python evaluate.py --model out/sem --knowledge_samples 8 ...    # searches by what the model knows
+
 The questions of each data set go through the sampler of training, with temperature 0, in up to three passes:
 
     normal        as in training; if --model is the directory of a run, with the budget of that run
@@ -33,6 +35,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import knowledge
 from config import check_date, check_ranges, check_writable, fail, parse
 from data import Episode, InputError, Question, load_sets
 from disk import append_rows
@@ -70,6 +73,7 @@ class Config:
     known: str = ""  # eval.json of the base model: adds over_search_base, on the questions that it knew
     closed_book: bool = True  # also the closed-book and the forced pass: three times the time
     samples: int = 0  # sampled episodes a question for pass@k (SSRL); 0: none
+    knowledge_samples: int = 0  # closed-book samples a question, such as 8, see knowledge.py; 0: none
     judge_url: str = ""  # OpenAI-compatible endpoint that judges answers (LJ); the key is in OPENAI_API_KEY
     date: str = ""  # what a chat template that prints the date prints; none: as its run.json says, else today
     judge_model: str = "gpt-4o-mini"  # the model of that endpoint (ReSearch)
@@ -85,6 +89,7 @@ RANGES = {  # flag: smallest and largest value
     "batch_size": (1, float("inf")),
     "tau": (0, 1),
     "samples": (0, float("inf")),
+    "knowledge_samples": (0, float("inf")),
 }
 BASELINES = {"direct": DIRECT, "cot": COT, "rag": RAG}  # "always" has the template of the method
 
@@ -95,16 +100,17 @@ BASELINES = {"direct": DIRECT, "cot": COT, "rag": RAG}  # "always" has the templ
 
 def evaluate(
     model, tokenizer, template: Template, sets: dict[str, list[Question]], retriever, *,
-    closed_book: bool = False, force: bool = False, samples: int = 0, tau: float = 0.5,
-    log: Callable = lambda name, kind, episodes: None, progress: bool = True, **options,
+    closed_book: bool = False, force: bool = False, samples: int = 0, knowledge_samples: int = 0,
+    tau: float = 0.5, log: Callable = lambda name, kind, episodes: None, progress: bool = True, **options,
 ) -> dict[str, list[Record]]:  # fmt: skip
     """Returns {set: one record for each question}. `options` are further arguments of `rollout`, for every
     pass.
 
     `closed_book` adds the closed-book pass and, if there is a retriever, the forced pass. `force` forces the
-    search in the normal pass too. `samples` adds that many sampled episodes for each question. `log(set,
-    pass, episodes)` is called with the episodes of each pass. Questions whose search failed are left out,
-    with a warning, because a retriever that is down says nothing about the model."""
+    search in the normal pass too. `samples` adds that many sampled episodes for each question, and
+    `knowledge_samples` as many in the closed-book prompt. `log(set, pass, episodes)` is called with the
+    episodes of each pass. Questions whose search failed are left out, with a warning, because a retriever
+    that is down says nothing about the model."""
     table = {}
     for name, questions in sets.items():
 
@@ -130,10 +136,15 @@ def evaluate(
         if samples:
             changed = {"force_search": force, "group_size": samples, "temperature": 1.0}
             sampled = run_pass("sampled", template, retriever, **changed)
+        asked = []
+        if knowledge_samples:
+            asked = run_pass("knowledge", DIRECT, None, group_size=knowledge_samples, temperature=1.0)
         table[name] = []
         for i in range(len(questions)):
             of_question = {kind: episodes[i] for kind, episodes in passes.items()}
             if record := make_record(of_question, sampled[i * samples : (i + 1) * samples], template, tau):
+                of_question = asked[i * knowledge_samples : (i + 1) * knowledge_samples]
+                record.closed_book = [is_right(e) for e in of_question] or None
                 table[name].append(record)
         if failed := len(questions) - len(table[name]):
             tqdm.write(f"warning: {name}: {failed} searches failed, their questions are left out")
@@ -229,6 +240,8 @@ def check(config: Config, given: set[str] = frozenset()) -> Config:
         raise InputError(f"--real_searches {real}: only for a method that writes its own results (ssrl)")
     if real and real not in ("all", "entropy") and not real.isdecimal():
         raise InputError(f"--real_searches {real}: must be a number, all or entropy")
+    if config.knowledge_samples and config.baseline == "rag":
+        raise InputError("--knowledge_samples: not with --baseline rag, whose questions contain documents")
     if config.judge_url:
         check_url(config.judge_url, "--judge_url")
     if Path(config.output).exists():  # it may be the result of hours, and --known reads such a file
@@ -274,6 +287,8 @@ def save(records: dict[str, list[Record]], config: Config, with_known: bool) -> 
         table["all"] = measure([r for rows in records.values() for r in rows])
     known = {name: [r.id for r in rows if r.known] for name, rows in records.items()}
     content = {"config": asdict(config), "measures": table} | ({"known": known} if with_known else {})
+    if n := config.knowledge_samples:
+        content["search_by_knowledge"] = knowledge.search_by_knowledge(records, n)
     Path(config.output).write_text(json.dumps(content, indent=1))
     return table
 
@@ -316,14 +331,16 @@ def main(config: Config, given: set[str] = frozenset()):
     longest = check_prompts(model, tokenizer, template, [q for rows in sets.values() for q in rows])
     length = longest + config.max_completion_length
     probe(model, tokenizer, length)
-    slots = min(config.batch_size, max(map(len, sets.values())) * max(1, config.samples))
+    group = max(1, config.samples, config.knowledge_samples)
+    slots = min(config.batch_size, max(map(len, sets.values())) * group)
     runner = ModelRunner(model, len(tokenizer), slots, length, config.cuda_graphs)
 
     output = Path(config.output)
     transcripts = Transcripts(output.with_name(output.stem + "_transcripts.jsonl"))
     records = evaluate(
         model, tokenizer, template, sets, retriever, closed_book=closed_book,
-        force=config.baseline == "always", samples=config.samples, tau=config.tau, log=transcripts.log,
+        force=config.baseline == "always", samples=config.samples, tau=config.tau,
+        knowledge_samples=config.knowledge_samples, log=transcripts.log,
         slots=config.batch_size, runner=runner, max_searches=max_searches,
         entropy_guided=real == "entropy", topk=config.topk, max_doc_tokens=config.max_doc_tokens,
         max_completion_length=config.max_completion_length,
@@ -341,6 +358,8 @@ def main(config: Config, given: set[str] = frozenset()):
             record.judged = verdict
         table = save(records, config, closed_book)
     print(report(table))
+    if n := config.knowledge_samples:
+        print("\n" + knowledge.report(knowledge.search_by_knowledge(records, n), n))
 
 
 if __name__ == "__main__":

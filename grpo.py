@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import kernels
+from boundary import label_shares
 from config import LOSS_TYPES, TOY, Config, fail, parse
 from data import Episode, InputError, mix
 from disk import lock
@@ -248,6 +249,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
     """Step `run.step` (from 0): samples, rewards, updates, and records the step. Returns its metrics, which
     are then in metrics.jsonl, and its episodes."""
     config, size, world, start = run.config, run.config.num_generations, run.world, time.perf_counter()
+    off = size // 2 if run.reward.halves else 0  # members of each group without the search engine
     questions = mix(run.sources, config.prompts_per_step, config.seed, run.step)
     if run.method.simulated:
         share = noise_share(run.step, config.max_steps, config.noise_start, config.noise_end)
@@ -258,7 +260,8 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
         run.model, run.tokenizer, run.method.template, questions[own.start : own.stop], group_size=size,
         retriever=run.train_retriever, temperature=config.temperature, seed=config.seed, step=run.step,
         first_row=own.start * size, slots=config.rollout_slots, runner=run.runner, counts=counts,
-        progress="rollout" if run.progress else None, **config.budget(),
+        engine=[member >= off for member in range(size)], progress="rollout" if run.progress else None,
+        **config.budget(),
     )  # fmt: skip
     sampled = time.perf_counter()
 
@@ -272,11 +275,14 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
         parts.append(run.reward(e, e.question, **options) if e.stop != "search_failed" else {})
     episodes, parts, counts = world.gather(episodes), world.gather(parts), world.total(counts)
     counted = [e.stop != "search_failed" for e in episodes]
-    rewards = torch.tensor([p.get("reward", 0.0) for p in parts], dtype=torch.float64).view(-1, size)
-    advantage = advantages(rewards, torch.tensor(counted).view(-1, size), config.loss_type).flatten().tolist()
+    compared = size - off  # so many consecutive episodes are a group, or half of one
+    rewards = torch.tensor([p.get("reward", 0.0) for p in parts], dtype=torch.float64).view(-1, compared)
+    mask = torch.tensor(counted).view(-1, compared)
+    advantage = advantages(rewards, mask, config.loss_type).flatten().tolist()
 
-    metrics = step_metrics(episodes, parts, size, config.tau) | counts
-    trained = [i for i in range(len(episodes)) if counted[i]]
+    metrics = step_metrics(episodes, parts, compared, config.tau) | label_shares(episodes, parts) | counts
+    trains_off = run.reward.trains_off
+    trained = [i for i, e in enumerate(episodes) if counted[i] and (e.engine or trains_off)]
     batches = make_batches(
         [episodes[i] for i in trained], [advantage[i] for i in trained], config, run.model.device,
         [i // size in own for i in trained],

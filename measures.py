@@ -42,12 +42,15 @@ def mean(values: Iterable[float]) -> float | None:
 
 def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, tau: float) -> dict[str, float]:
     """What the episodes of a training step were like, under TRL's names where TRL has one. `parts[i]` is what
-    the reward of episode i returned, and empty if its search failed.
+    the reward of episode i returned, and empty if its search failed. So many consecutive episodes as
+    `group_size` says are compared with one another: a group, or half of one.
 
     An episode whose search failed says nothing about the policy, so it counts in tools/failure_frequency
-    only. Lengths and num_tokens count policy tokens. TRL's num_tokens grows over the run; this one is of the
-    step alone."""
+    only. What is about searches and right answers counts the episodes with a search engine alone (`engine`).
+    Lengths and num_tokens count policy tokens. TRL's num_tokens grows over the run; this one is of the step
+    alone."""
     counted = [(e, p) for e, p in zip(episodes, parts, strict=True) if p]
+    engine = [e for e, _ in counted if e.engine]
     n = max(1, len(counted))
     lengths = [e.policy_tokens for e, _ in counted]
     terminated = [e.policy_tokens for e, _ in counted if e.stop in ("eos", "answer")]
@@ -68,20 +71,22 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
         "completions/max_length": max(lengths, default=0),
         "completions/mean_terminated_length": mean(terminated) or 0.0,
         "completions/clipped_ratio": sum(e.stop == "length" for e, _ in counted) / n,
-        "tools/call_frequency": sum(e.searches for e, _ in counted) / n,
-        "tools/failure_frequency": 1 - len(counted) / len(episodes),
+        "tools/call_frequency": sum(e.searches for e in engine) / max(1, len(engine)),
+        "tools/failure_frequency": 1 - len(engine) / sum(e.engine for e in episodes),
         "num_tokens": sum(lengths),
     }
     first = counted[0][1] if counted else {}
     if "f" in first:
         metrics["format"] = sum(p["f"] for _, p in counted) / n
     if "f1_a1" in first:
-        suspects, searched = sandbag_suspects(groups, tau)
+        firsts = episodes[::group_size]
+        with_engine = [group for group, e in zip(groups, firsts, strict=True) if e.engine]
+        suspects, searched = sandbag_suspects(with_engine, tau)
         metrics["sandbag_suspects"] = suspects / searched if searched else 0.0
     if episodes[0].template.self_search:  # these are not in call_frequency and search_ratio
         metrics["tools/self_searches"] = sum(parse_episode(e).shape.count("S") for e, _ in counted) / n
-    for source in sorted({e.question.source for e, _ in counted}):
-        of_source = [e for e, _ in counted if e.question.source == source]
+    for source in sorted({e.question.source for e in engine}):
+        of_source = [e for e in engine if e.question.source == source]
         metrics[f"search_ratio/{source}"] = mean(e.searches > 0 for e in of_source)
         metrics[f"em/{source}"] = mean(map(is_right, of_source))
         if searched := [e for e in of_source if e.searches]:
@@ -122,6 +127,7 @@ class Record:
     forced: bool | None = None  # right in the pass in which a search is forced
     judged: bool | None = None  # right for the judge; None also where the judge gave no verdict
     sampled: list[bool] | None = None  # right, for each sampled episode
+    closed_book: list[bool] | None = None  # the same in the closed-book prompt, see knowledge.py
 
     @property
     def searched(self) -> bool:
@@ -263,17 +269,18 @@ def markdown(tables: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def cell(figure: dict[str, float] | None) -> str:
+    """Value (95 % interval; number of questions)."""
+    return "{value:.3f} ({low:.3f} to {high:.3f}; {n})".format(**figure) if figure else "-"
+
+
 def report(table: dict[str, dict[str, dict[str, float]]]) -> str:
     """{set: measures} -> a markdown table with one line for each measure, value (95 % interval; number of
     questions), and the definitions of the measures below it."""
     names = dict.fromkeys(name for measures in table.values() for name in measures)
     lines = [f"| measure | {' | '.join(table)} |", "| --- |" + " ---: |" * len(table)]
     for name in names:
-        cells = (
-            f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}; {m['n']})" if (m := row.get(name)) else "-"
-            for row in table.values()
-        )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cell(row.get(name)) for row in table.values())} |")
     definitions = {name: share.definition for name, share in SHARES.items()}
     definitions |= {name: definition for name, (definition, _) in FIGURES.items()}
     definitions |= {name: "right at least once in that many samples" for name in names if "pass@" in name}

@@ -11,8 +11,9 @@ The program takes the figures of the page from this list: the metrics as a regul
 the text below the figure. A figure is left out if no step has one of its metrics.
 
     reward | mean reward
-        Lies between 0 and 1 (flat: may be below 0), and should rise and then level off. Flat from the start:
-        see the groups with equal rewards. A sudden fall: see KL and entropy at that step.
+        Lies between 0 and 1 (flat and boundary: may be below 0; ikea: from -1 to 1.6), and should rise and
+        then level off. Flat from the start: see the groups with equal rewards. A sudden fall: see KL and
+        entropy at that step.
     search_ratio/.* | SR: share of episodes that searched
         Should fall where the model knows the answers, and stay high elsewhere. All curves at 0 or all at 1:
         the policy does not decide by the question.

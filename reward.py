@@ -27,7 +27,8 @@ The methods that SEM is compared with pay for the final answer, and nothing in t
     research      F1, or 0.1 where F1 is 0; in a broken format 0
 
 No reward reads retrieved text, so such a text cannot answer, close a tag or break the structure. To add a
-reward, write a function and an entry of REWARDS, at the end of this file.
+reward, write a function and an entry of REWARDS, at the end of this file. (boundary.py has one for which half
+of each group is sampled in another way.)
 
     reward = REWARDS["sem"](episode, episode.question, tau=0.5)["reward"]
 """
@@ -417,12 +418,30 @@ def flat(episode: Episode, question: Question, **_) -> dict[str, float]:
     return {"reward": em - 0.1 * episode.searches, "em": em}
 
 
+def ikea(episode: Episode, question: Question, **_) -> dict[str, float]:
+    """The rule of IKEA's code (arXiv 2505.07596), in [-1, 1.6]: 1.6, 1.4, 1.2 or 1 for a right answer after
+    0, 1, 2 or more searches; for a wrong one 0.05 after a search, and 0 without; -1 for a broken format.
+
+    A format is broken if there is no <think> or no </think>, if a turn had neither query nor answer, or if a
+    tag is written with other brackets, such as (think or answer]. (The code reads results and the prompt's
+    example too, and counts queries that were not answered.)"""
+    t, em = episode.template, exact_match(parse_episode(episode).answer, question)
+    text, names = model_text(episode), f"(?:{t.think}|{t.search}|{t.answer})"
+    sound = f"<{t.think}>" in text and f"</{t.think}>" in text and episode.stop != "bad_query"
+    sound &= all(s.kind != "reminder" for s in episode.segments)
+    sound &= re.search(rf"[(\[]{names}|{names}[)\]]", text) is None
+    right, wrong = 1 + max(0.0, 0.6 - 0.2 * episode.searches), 0.05 * (episode.searches > 0)
+    return {"reward": (right if em else wrong) if sound else -1.0, "f": float(sound), "em": em}
+
+
 @dataclass(frozen=True)
 class Reward:
     """An entry of REWARDS, called like the function in it."""
 
     function: Callable
     fits: Callable[[Template], bool] = lambda template: True  # whether the reward can read this dialect
+    halves: bool = False  # half of each group is sampled without the search engine, see boundary.py
+    trains_off: bool = True  # that half is trained on too
 
     def __call__(self, episode: Episode, question: Question, **options) -> dict[str, float]:
         return self.function(episode, question, **options)
@@ -437,6 +456,7 @@ REWARDS = {  # --reward
     "ssrl": Reward(ssrl, fits=lambda template: template.self_search),
     "otc": Reward(otc, fits=lambda template: not template.self_search),  # self-searches are not counted
     "flat": Reward(flat, fits=lambda template: not template.self_search),
+    "ikea": Reward(ikea, fits=lambda template: not template.self_search),
 }
 
 

@@ -93,8 +93,8 @@ def rollout(
     group_size: int = 1, retriever=None, topk: int = 3, max_searches: int = 4,
     max_completion_length: int = 1024, max_doc_tokens: int = 512, temperature: float = 1.0,
     seed: int = 0, step: int = 0, first_row: int = 0, slots: int | None = None,
-    runner: ModelRunner | None = None, force_search: bool = False, entropy_guided: bool = False,
-    counts: dict | None = None, progress: str | None = None,
+    runner: ModelRunner | None = None, engine: list[bool] | None = None, force_search: bool = False,
+    entropy_guided: bool = False, counts: dict | None = None, progress: str | None = None,
 ) -> list[Episode]:  # fmt: skip
     """Samples `group_size` episodes of every question: [question 0, question 0, .., question 1, ..].
 
@@ -113,6 +113,8 @@ def rollout(
     slots           Rows that are sampled at once, in whole groups; default: all.
     runner          The ModelRunner of `model`, if there are several rollouts: its cache and its CUDA graphs
                     are then used again. Default: a new one.
+    engine          One flag for each member of a group, the same in every group: whether the search engine is
+                    there. Where it is not, any search is beyond the budget. Default: it is there for all.
     force_search    Adds <search> after the first answer, or after the first thought where the template has
                     no draft. These tokens are not the policy's.
     counts          A dict whose prefill_tokens and decode_tokens are increased by the tokens of episodes that
@@ -123,9 +125,9 @@ def rollout(
     rooms = [room(model, p, q, max_completion_length) for p, q in zip(prompts, questions, strict=True)]
     rows = []
     for number, (question, prompt, tokens) in enumerate(zip(questions, prompts, rooms, strict=True)):
-        for member in range(group_size):
+        for member, on in zip(range(group_size), engine or [True] * group_size, strict=True):
             uniforms = uniform_stream(tokens, seed, step, first_row + number * group_size + member)
-            rows.append(Row(Episode(question, prompt, template=template), tokens, uniforms))
+            rows.append(Row(Episode(question, prompt, engine=on, template=template), tokens, uniforms))
     slots = min(len(rows), max(1, (slots or len(rows)) // group_size) * group_size)
     max_len = max((len(p) + tokens for p, tokens in zip(prompts, rooms, strict=True)), default=0)
     runner = runner or ModelRunner(model, len(tokenizer))
@@ -381,7 +383,8 @@ class SearchLoop:
         if segments and segments[-1].kind == "forced" and not opening and not earlier:
             opening = query = before
         query = query.strip() if opening else ""
-        over_budget = self.retriever is None or row.turns >= self.max_searches
+        engine = self.retriever is not None and row.episode.engine
+        over_budget = not engine or row.turns >= self.max_searches
         if t.self_search and (
             over_budget or not query or (self.entropy_guided and not self.is_less_certain(row))
         ):

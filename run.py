@@ -62,7 +62,7 @@ from model import check_prompts, load_model, probe, stored_types
 from optim import AdamW, local, rounding_notes
 from prompts import render, set_date
 from retriever import open_retriever
-from reward import METHODS, REWARDS, dialect
+from reward import METHODS, REWARDS, Reward, dialect
 from runner import ModelRunner
 from signals import Signals, hold_signals
 from simulator import HELPFUL, CorpusSimulator, ModelSimulator
@@ -179,7 +179,8 @@ class Run:
         self.config, self.step, self.has_saved, self.progress = config, 0, False, sys.stderr.isatty()
         self.world, self.writes = world, world.rank == 0  # of several processes one writes
         self.method = METHODS[config.method]
-        self.reward = REWARDS[config.reward] if config.reward else self.method.reward
+        reward = REWARDS[config.reward] if config.reward else self.method.reward
+        self.reward = reward if isinstance(reward, Reward) else Reward(reward)  # a method may have a function
         self.out, self.tables = Path(config.output_dir), {}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if config.bf16 else torch.float32

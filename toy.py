@@ -11,6 +11,9 @@ its own weights. Sums are known too, and never occur in the RL mix (the counterp
 is trained from scratch on transcripts with poor search habits: it searches for most of what it does not know,
 and for more than half of what it knows.
 
+With --between there are also questions of which the model is partly certain, see between.py. The default
+world of grpo.py has none.
+
 A method with another template (`--method`) gets a base model of its own, trained on the same facts in that
 dialect. Every base model also learns to answer without a tool, so that one can measure what it knows.
 
@@ -20,6 +23,7 @@ The result is a directory of ordinary files, which grpo.py treats as it treats a
     train/          known.jsonl, composed.jsonl, unknown.jsonl (for one search and for two)
     test/           known_train.jsonl, known_heldout.jsonl, composed.jsonl, unknown.jsonl, two_hop.jsonl,
                     arithmetic.jsonl
+                    with --between also between.jsonl and absent.jsonl in train/ and test/
     corpus.jsonl    every fact, known ones included
 
     python toy.py --output_dir out/toy-world    # builds it; grpo.py without --model builds its own
@@ -41,6 +45,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from between import PEOPLE, add_people, half_known, question_sets
 from config import check_ranges, fail, parse
 from data import Doc, InputError, Question
 from prompts import DIRECT, Template, encode_result, render
@@ -78,6 +83,7 @@ class Config:
     search_known: float = 0.6  # share of transcripts about sums and known people that search
     search_unknown: float = 0.85  # share of unknown transcripts that search
     closed_book: float = 0.1  # share of transcripts without a tool: question, answer
+    between: int = 0  # people whose two facts the model shall half know, such as 96, see between.py; 0: none
 
 
 @dataclass
@@ -85,9 +91,15 @@ class World:
     known: list[str]
     unknown: list[str]
     facts: dict[tuple[str, str], str] = field(default_factory=dict)  # (relation, name) -> value
+    # of --between
+    between: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    conflicting: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # fact -> its two values
+    lacking: set[tuple[str, str]] = field(default_factory=set)  # facts that the corpus does not have
+    half_known: set[tuple[str, str]] = field(default_factory=set)  # facts, by the exam of the base model
 
     @staticmethod
-    def make(seed: int) -> World:
+    def make(seed: int, between: int = 0) -> World:
         rng = random.Random(f"world {seed}")
         names = sorted({a + b for a in "ba ce di fo gu ha je ki lo mu na pe ri so tu va".split() for b in
                         "ben dan fil gor hal jim kas lin mir nor pol rus sam tov".split()})  # fmt: skip
@@ -100,18 +112,20 @@ class World:
         for group in (part for people, cut in splits for part in (people[:cut], people[cut:])):
             ring = rng.sample(group, len(group))
             world.facts |= {("friend", a): b for a, b in zip(ring, ring[1:] + ring[:1], strict=True)}
+        if between:
+            add_people(world, seed, between, VALUES)
         return world
 
     def docs(self) -> list[Doc]:
-        return [
-            Doc(str(i), name, statement(rel, name, value))
-            for i, ((rel, name), value) in enumerate(self.facts.items())
-        ]
+        held = [(fact, value) for fact, value in self.facts.items() if fact not in self.lacking]
+        return [Doc(str(i), name, statement(rel, name, value)) for i, ((rel, name), value) in enumerate(held)]
 
     def questions(self, names: list[str], source: str, hops: int = 1) -> list[Question]:
         rows = []
         for name in names:
             for relation in VALUES:
+                if name in self.between and (relation, name) not in self.half_known:
+                    continue
                 person = name if hops == 1 else self.facts["friend", name]
                 subject = f"{relation} of {name}" if hops == 1 else f"{relation} of the friend of {name}"
                 text = f"what is the {subject} ?"
@@ -135,7 +149,7 @@ def splits(world: World) -> dict[str, list[Question]]:
     """File name -> questions. No test set but known_train has a name that RL trains on."""
     known_train, known_heldout = world.known[:KNOWN_TRAIN], world.known[KNOWN_TRAIN:]
     unknown_train, unknown_test = world.unknown[:UNKNOWN_TRAIN], world.unknown[UNKNOWN_TRAIN:]
-    return {
+    return (question_sets(world) if world.between else {}) | {
         "train/known": world.questions(known_train, "known"),
         "train/composed": world.questions(known_train, "composed", hops=2),
         "train/unknown": world.questions(unknown_train, "unknown")
@@ -156,6 +170,7 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     tags = [f"<{slash}{tag}>" for tag in names for slash in ("", "/")] + ["\\boxed{", "}"]
     special = "<pad> <eos> <unk> <user> <assistant> <tool>".split()
     words = [*special, *tags, *words, *HOMES, *COLOURS, *world.known, *world.unknown]
+    words += world.between + world.absent
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     # The words of instructions mean nothing to a model this small. So the tokenizer reads a system prompt as
     # the word <tool> if it mentions the search tool, and as nothing if not.
@@ -187,7 +202,9 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
 
     Each transcript about an unknown person states different facts, so that there is nothing to learn by
     heart. A direct answer to a question with two hops is always a guess."""
-    kind = rng.choices(["known", "composed", "unknown", "two_hop", "arithmetic"], [4, 2, 3, 2, 3])[0]
+    kinds = {"known": 4, "composed": 2, "unknown": 3, "two_hop": 2, "arithmetic": 3}
+    kinds |= {"between": 4, "absent": 2} if world.between else {}
+    kind = rng.choices([*kinds], [*kinds.values()])[0]
     relation = rng.choice(list(VALUES))
     draft = value = rng.choice(VALUES[relation])
     turns: list[tuple[str, list[Doc]]] = []  # (query, documents that the search returns)
@@ -208,14 +225,19 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
             (f"{relation} of {friend}", results(world, rng, relation, friend, value)),
         ]
     else:
-        name = rng.choice(world.known if kind == "known" else world.unknown)
+        name = rng.choice(getattr(world, kind))
         if kind == "known":
             draft = value = world.facts[relation, name]
+        elif kind == "between":
+            draft = rng.choice(world.conflicting[relation, name])
+            # without a result that says it, the second answer is a guess
+            lacking = (relation, name) in world.lacking
+            value = value if lacking else rng.choice(world.conflicting[relation, name])
         else:
             draft = rng.choice(VALUES[relation])
         thought = f"{relation} of {name}"
         question, turns = f"what is the {thought} ?", [(thought, results(world, rng, relation, name, value))]
-    share = config.search_unknown if kind in ("unknown", "two_hop") else config.search_known
+    share = config.search_unknown if kind in ("unknown", "two_hop", "absent") else config.search_known
     searched = rng.random() < share
 
     def encode(text):
@@ -245,14 +267,22 @@ def prompt(template: Template, question: str, tokenizer) -> tuple[int, ...]:
 
 def results(world: World, rng: random.Random, relation: str, name: str, value: str) -> list[Doc]:
     """The right document and a distractor, in random order. The distractor states another relation of the
-    same person, or the same relation of somebody else. What it states of a known person is true."""
+    same person, or the same relation of somebody else. What it states of a known person is true. If the
+    corpus lacks the fact, there is a second distractor in place of the right document."""
     right = Doc("", name, statement(relation, name, value))
     other, person = relation, rng.choice([someone for someone in world.unknown if someone != name])
-    if rng.random() < 0.7:
-        other, person = rng.choice([r for r in (*VALUES, "friend") if r != relation]), name
+    held = [r for r in (*VALUES, "friend") if (r, name) in world.facts and (r, name) not in world.lacking]
+    held = [r for r in held if r != relation]
+    if held and rng.random() < 0.7:
+        other, person = rng.choice(held), name
     invented = rng.choice(VALUES.get(other, world.unknown))
     fact = world.facts[other, person] if person in world.known else invented
+    if person in world.between:
+        fact = rng.choice(world.conflicting[other, person])
     wrong = Doc("", person, statement(other, person, fact))
+    if (relation, name) in world.lacking:
+        someone = rng.choice([someone for someone in world.unknown if someone != person])
+        right = Doc("", someone, statement(relation, someone, rng.choice(VALUES[relation])))
     return [right, wrong] if rng.random() < 0.7 else [wrong, right]
 
 
@@ -291,7 +321,7 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[float, float]:
     """(recall, reading) of the base model. Recall is the share of right answers about known people, without a
     search. Reading is the share of searched transcripts in whose last thought the model copies the right
-    value from the last result.
+    value from the last result. Questions of --between count in neither.
 
     RL sharpens what a model can do already. If the base model recalled or read badly, the table would say
     nothing about the method."""
@@ -299,9 +329,12 @@ def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[
     texts = [transcript(world, rng, config, tokenizer) for _ in range(rows)]
     predictions = model(input_ids=padded(texts)).logits.argmax(-1).tolist()  # [rows, width]: each next token
     known, values = (set(tokenizer.convert_tokens_to_ids(words)) for words in (world.known, HOMES + COLOURS))
+    uncertain = set(tokenizer.convert_tokens_to_ids(world.between + world.absent))
     search, friend = tokenizer.convert_tokens_to_ids(["<search>", "friend"])
     recalled, read = [], []
     for text, predicted in zip(texts, predictions, strict=True):
+        if uncertain & set(text):
+            continue
         at = [i for i, token in enumerate(text) if token in values]  # of these the last is the answer
         if known & set(text) and friend not in text:
             recalled.append(predicted[at[-1] - 1] == text[at[-1]])
@@ -318,10 +351,15 @@ def build(config: Config) -> Path:
     if config.method not in METHODS:
         raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
     check_ranges(config, {name: (1, math.inf) for name in ("steps", "batch_size", "layers")})
+    if config.between and not PEOPLE[0] <= config.between <= PEOPLE[1]:
+        fewest, most = PEOPLE
+        raise InputError(f"--between {config.between}: must be 0 or between {fewest} and {most}")
     if config.hidden_size < 8 or config.hidden_size % 8:
         raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
     template = asdict(METHODS[config.method].template)  # a prompt with other words needs another base model
     settings = {**asdict(config), "output_dir": "", "template": template, "chat_template": CHAT_TEMPLATE}
+    if not config.between:  # it is the world that it was before there were such questions
+        del settings["between"]
     settings = json.dumps(settings, indent=1)
     stamp = out / "world.json"  # it is written last, so where it exists the world is complete
     if stamp.exists() and stamp.read_text() == settings:
@@ -329,7 +367,7 @@ def build(config: Config) -> Path:
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
         raise InputError(f"{out} holds something that is not a toy world; it is left as it is")
     out.parent.mkdir(parents=True, exist_ok=True)
-    world = World.make(config.seed)
+    world = World.make(config.seed, config.between)
     tokenizer = make_tokenizer(world)
     model = train_until_it_reads(world, config, tokenizer)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # two programs may build it at the same time
@@ -349,13 +387,16 @@ def build(config: Config) -> Path:
 
 def train_until_it_reads(world: World, config: Config, tokenizer) -> LlamaForCausalLM:
     """A base model that passes its exam. Reading is learned in one jump, which comes late from some initial
-    weights, so it is trained up to three times as long. Raises InputError if it still does not pass."""
+    weights, so it is trained up to three times as long. With --between it also has to half know enough facts.
+    Raises InputError if it still does not pass."""
     model, rng = make_model(config, tokenizer), random.Random(f"transcripts {config.seed}")
     for _ in range(3):
         train(model, world, rng, config, tokenizer)
         recall, reading = exam(model, world, tokenizer, config.method)
         print(f"toy base model: recall {recall:.2f}, reading {reading:.2f}")
-        if recall >= RECALL and reading >= READING:
+        template = METHODS[config.method].template
+        enough = not world.between or half_known(model, world, template, tokenizer)
+        if recall >= RECALL and reading >= READING and enough:
             return model
     raise InputError(f"the toy base model needs more than 3 x {config.steps} steps")
 

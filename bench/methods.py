@@ -1,11 +1,13 @@
-"""The toy table: every method of the papers in one world, the same number of steps, several seeds.
+"""The toy table: the rewards of the papers in one world, the same number of steps, several seeds.
 
-    python bench/methods.py --seeds 0,1,2        # over an hour on 2 cores; writes its tables to RESULTS.md
+    python bench/methods.py --seeds 0,1,2        # hours on 2 cores; writes its tables to RESULTS.md
+    python bench/methods.py --others             # also ReSearch, ZeroSearch and SSRL
 
-A row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ.
-The base models of all dialects have learnt the same facts, for the same number of steps, or for two or three
-times as many where they could not read yet. What exists in --output_dir is not made again. If it is older
-than its world, it is an error.
+The world is that of `toy.py --between`, which also has questions of which the base model is partly certain. A
+row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ. All
+base models have learnt the same facts, for the same number of steps, or for two or three times as many where
+they did not pass their exam. What exists in --output_dir is not made again, so a stopped program goes on. If
+it is older than its world, it is an error.
 """
 
 import json
@@ -23,11 +25,14 @@ import torch
 from gate import gate
 
 from config import TOY, fail, parse
+from knowledge import classes
 from measures import measure
 from reward import dialect
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = "known_heldout", "composed", "unknown", "two_hop", "arithmetic"
+KINDS = "known_heldout", "composed", "between", "unknown", "two_hop", "absent", "arithmetic"
+PEOPLE = 96  # whose facts the base models half know, see between.py
+SAMPLES = 8  # of each question in the closed-book prompt, see knowledge.py
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,24 @@ class Row:
 
 
 KEPT = ("--sem_kept", "0.1")
-RUNS = {
+OTHERS = {
     "ReSearch": Row("research"),
-    "Search-R1": Row("search-r1"),
     "ZeroSearch": Row("zerosearch"),
     "SSRL": Row("ssrl"),
+}
+RUNS = {
+    "Search-R1": Row("search-r1"),
     "OTC": Row("sem", reward="otc"),
     "flat": Row("sem", reward="flat"),
     "SEM": Row("sem"),
     "SEM kept": Row("sem", flags=KEPT),
-}
-HABIT_RUNS = {
-    "SEM, happy base": Row("sem", habit="happy"),
-    "SEM kept, happy base": Row("sem", habit="happy", flags=KEPT),
-    "SEM, shy base": Row("sem", habit="shy"),
-    "SEM kept, shy base": Row("sem", habit="shy", flags=KEPT),
+    "boundary": Row("sem", reward="boundary"),
+    "boundary, off half only labels": Row("sem", reward="boundary_on"),
+    "IKEA": Row("sem", reward="ikea"),
+} | {
+    f"{name}, {habit} base": Row("sem", reward, habit, flags)
+    for habit in ("happy", "shy")
+    for name, reward, flags in (("SEM", "", ()), ("SEM kept", "", KEPT), ("boundary", "boundary", ()))
 }
 HABITS = {  # share of a base model's transcripts that search: of known people and sums, of unknown people
     "": (0.6, 0.85),
@@ -64,16 +72,16 @@ HABITS = {  # share of a base model's transcripts that search: of known people a
 }
 SHARED = "prompts_per_step num_generations max_completion_length max_searches topk learning_rate warmup_steps"
 TRAIN_FLAGS = [f"--{name}={TOY[name]}" for name in SHARED.split()]  # what grpo.py takes without --model
-TRAIN_SETS = TOY["train"].split(",")
+TRAIN_SETS = [*TOY["train"].split(","), "between", "absent"]
 BUDGET = [f"--{name}={TOY[name]}" for name in ("topk", "max_searches", "max_completion_length")]
 
 
 @dataclass
 class Config:
-    """Trains and evaluates every method in the toy world and writes the table."""
+    """Trains and evaluates the rewards in the toy world and writes the tables."""
 
     seeds: str = "0,1,2"  # seeds of the worlds, base models and runs
-    habit_seeds: str = "0"  # those of `seeds` that also run from a search-happy and a search-shy base model
+    others: bool = False  # also ReSearch, ZeroSearch and SSRL, each with a base model of its own
     max_steps: int = 50  # RL steps of every run
     output_dir: str = "out/methods"  # where worlds, runs and evaluations are kept
     jobs: int = 2  # programs at a time, one core each
@@ -92,7 +100,7 @@ def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
     """Builds the toy world of a dialect and a habit, unless it is there."""
     path = out / "-".join(filter(None, ["world", dialect, habit, str(seed)]))
     known, unknown = HABITS[habit]
-    run("toy.py", "--output_dir", path, "--method", dialect, "--seed", seed,
+    run("toy.py", "--output_dir", path, "--method", dialect, "--seed", seed, "--between", PEOPLE,
         "--search_known", known, "--search_unknown", unknown)  # fmt: skip
     return path
 
@@ -107,6 +115,7 @@ def refuse_stale(made: Path, where: Path):
 def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
     """Evaluates a model on every kind of question, unless that was done before."""
     names = KINDS if split == "test" else TRAIN_SETS
+    flags += ("--knowledge_samples", SAMPLES) if split == "test" else ()
     refuse_stale(output, where)
     data = ",".join(f"{where}/{split}/{name}.jsonl" for name in names)
     if not output.exists():
@@ -116,7 +125,7 @@ def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
 
 def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) -> dict[str, dict]:
     """{row: {kind: measures}} of one seed."""
-    runs = RUNS | (HABIT_RUNS if str(seed) in config.habit_seeds.split(",") else {})
+    runs = RUNS | (OTHERS if config.others else {})
     dialects = {(dialect(row.method), row.habit) for row in runs.values()}
     places = dict(zip(dialects, pool.map(lambda d: world(out, *d, seed), dialects), strict=True))
     home, files, rewards = places["sem", ""], {}, {}
@@ -179,14 +188,19 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         job.result()
     for job in [pool.submit(train, name) for name in runs]:
         job.result()
-    rows = {
-        name: json.loads(path.read_text())["measures"] | rewards.get(name, {}) for name, path in files.items()
-    }
+    rows = {name: figures(path) | rewards.get(name, {}) for name, path in files.items()}
     transcripts = (
         str(p.with_suffix("")) + "_transcripts.jsonl" for p in (train_file, files["base (prompted)"])
     )
     rows["gate"] = {name: measure(records) for name, records in gate(*transcripts).items()}
     return rows
+
+
+def figures(path: Path) -> dict[str, dict]:
+    """{kind: measures} of an evaluation, and {class: its search ratio} of the questions in between."""
+    content = json.loads(path.read_text())
+    by_class = content["search_by_knowledge"]["between"].items()
+    return content["measures"] | {name: {f"sr by right of {SAMPLES}": share} for name, share in by_class}
 
 
 def cell(values: list[float | None]) -> str:
@@ -201,17 +215,18 @@ def cell(values: list[float | None]) -> str:
 TABLES = [  # columns: measure, kinds of question
     {"em": KINDS, "sr": KINDS},
     {
-        "over_search": ("known_heldout", "arithmetic"),
-        "under_search": ("composed", "unknown", "two_hop"),
-        "sandbag_rate": ("known_heldout", "arithmetic"),
+        "over_search": ("known_heldout", "between", "arithmetic"),
+        "under_search": ("composed", "between", "unknown", "two_hop"),
+        "sandbag_rate": ("known_heldout", "between", "arithmetic"),
     },
+    {f"sr by right of {SAMPLES}": tuple(classes(SAMPLES))},  # of the kind between
     {"own reward": ("before", "after")},  # of sampled episodes on the training questions
 ]
 
 
 def table(seeds: list[dict[str, dict]], measures: dict[str, tuple]) -> str:
     """The rows of all seeds as a markdown table with a column for each measure and kind of question."""
-    names = ["base (prompted)", "always-search", "direct", "gate", *RUNS, *HABIT_RUNS]
+    names = ["base (prompted)", "always-search", "direct", "gate", *OTHERS, *RUNS]
     at = names.index("SSRL")
     names[at : at + 1] = ["base, SSRL", "SSRL", "SSRL, real search"]
     for habit in ("happy", "shy"):
@@ -241,11 +256,11 @@ def main(config: Config):
     print(tables)
     version = torch.__version__.partition("+")[0]
     note = (
-        f"`python bench/methods.py --seeds {config.seeds} --habit_seeds {config.habit_seeds}`: "
+        f"`python bench/methods.py --seeds {config.seeds}{' --others' * config.others}`: "
         f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. A cell is the mean over "
-        "the seeds, with the range in brackets. The rows with a happy or a shy base model (explained below) "
-        f"have the seeds {config.habit_seeds} alone. Own reward: the mean of 1,024 sampled episodes on the "
-        "training questions."
+        f"the seeds, with the range in brackets. Sr by right of {SAMPLES}: the search ratio of questions of "
+        "the kind between, by how many closed-book samples of the trained model are right. Own reward: the "
+        "mean of 1,024 sampled episodes on the training questions; with boundary half of them have no engine."
     )
     results.write("methods", f"## The methods in the toy world\n\n{tables}\n\n{note}")
 

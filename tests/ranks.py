@@ -27,7 +27,7 @@ import grpo
 import parallel
 from config import Config, parse
 from optim import AdamW, local, rounding_notes
-from reward import METHODS
+from reward import METHODS, REWARDS
 from world import ALONE, World
 
 sampled, norm = grpo.rollout, AdamW.grad_norm
@@ -36,6 +36,7 @@ RUNS = {  # name: words for `run`, and flags
     "tied": "silent skipped --model tied --gradient_checkpointing --max_steps 2 --eval=",
     "bf16": "--bf16 --learning_rate 0.00001 --save_fp32 --eval=",
     "lora": "--lora_r 4 --learning_rate 0.01 --max_steps 2 --eval=",
+    "halves": "--reward boundary_on --max_steps 2 --eval=",
 }
 MISTAKES = {  # flags, and the line that they are answered with
     "--prompts_per_step 5": "--prompts_per_step 5: 2 processes cannot share it evenly",
@@ -219,6 +220,7 @@ def main(folder: Path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     METHODS["sem"] = replace(METHODS["sem"], reward=lively_reward)
+    REWARDS["boundary_on"] = replace(REWARDS["boundary_on"], function=lively_reward)
     if not Path(sys.argv[1]).is_dir():
         grpo.program()
     main(Path(sys.argv[1]))

@@ -74,10 +74,11 @@ def test_a_number_out_of_its_range_is_named(name):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rewards_that_fit(method):
-    """The rewards of Search-R1 and ZeroSearch read only the final answer, so they fit every method. otc and
-    flat also count the searches of the environment, which SSRL does not make."""
-    for name in ("", method, "search-r1", "zerosearch", *(() if method == "ssrl" else ("otc", "flat"))):
-        config = Config(method=method, reward=name)
+    """The rewards of Search-R1 and ZeroSearch read only the final answer, so they fit every method. Others
+    also count the searches of the environment, which SSRL does not make."""
+    counting = () if method == "ssrl" else ("otc", "flat", "ikea", "boundary", "boundary_on")
+    for name in ("", method, "search-r1", "zerosearch", *counting):
+        config = Config(method=method, reward=name, num_generations=4)
         assert check(config) == config
 
 
@@ -88,7 +89,7 @@ def test_sem_kept_is_for_the_reward_sem(method):
         reward = name or method
         if not REWARDS[reward].fits(METHODS[method].template):
             continue
-        config = Config(method=method, reward=name, sem_kept=0.1)
+        config = Config(method=method, reward=name, sem_kept=0.1, num_generations=4)
         if reward == "sem":
             assert check(config) == config
         else:
@@ -214,6 +215,26 @@ REFUSED = {
     ),
     "no simulator": ({"method": "zerosearch", "simulator": "nowhere/model"}, "--simulator nowhere/model"),
     "nothing to simulate": ({"simulator": "nowhere/model"}, "nowhere/model: --method sem does not"),
+    "an odd group": (
+        {"reward": "boundary", "num_generations": "5"},
+        "--reward boundary: --num_generations 5 must be even and at least 4",
+    ),
+    "halves of one": (
+        {"reward": "boundary_on", "num_generations": "2"},
+        "--reward boundary_on: --num_generations 2 must be even and at least 4",
+    ),
+    "halves that are not normalised": (
+        {"reward": "boundary", "loss_type": "dr_grpo"},
+        "--reward boundary: not with --loss_type dr_grpo",
+    ),
+    "an engine that is a model": (
+        {"reward": "boundary", "method": "zerosearch", "simulator": "nowhere/model"},
+        "--reward boundary: not with --simulator",
+    ),
+    "no engine to switch off": (
+        {"method": "ssrl", "reward": "boundary"},
+        DOES_NOT_FIT.format("boundary", "ssrl"),
+    ),
     "nothing to keep": (
         {"reward": "otc", "sem_kept": "0.1"},
         "--sem_kept 0.1: only for the reward sem",

@@ -41,7 +41,8 @@ import rollout
 import runner
 from config import comments, parse
 from data import Doc, InputError, load
-from measures import Record, report
+from knowledge import classes, search_by_knowledge
+from measures import Record, cell, report, wilson
 from prompts import DIRECT, SEM, SSRL
 from retriever import RetrieverError
 
@@ -97,12 +98,17 @@ def answer(i: int, kind: str) -> str:
 SETS = {"towers": [numbered(i) for i in range(5)], "rivers": [numbered(i) for i in range(5, 12)]}
 
 
+RIGHT_OF_8 = 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 3, 8  # of the closed-book samples of each question
+
+
 def episode(i: int, kind: str, member: int) -> str:
     """What the policy writes in one pass over question i of the twelve."""
     draft, searches, last, known, forced, _, _, c = TWELVE[i]
     start = "<think>hm</think>" + answer(i, draft)
     if kind == "closed-book":
         return words(i, "right" if known else "wrong")
+    if kind == "knowledge":
+        return words(i, "right" if member < RIGHT_OF_8[i] else "wrong")
     if kind == "sampled":
         return "<think>hm</think>" + answer(i, "right" if member < c else "wrong")
     if kind == "forced":
@@ -119,14 +125,15 @@ def script(monkeypatch):
     def spied(model, tokenizer, template, questions, *, group_size=1, **options):
         forced = options.get("force_search")
         kind = "closed-book" if template is DIRECT else "forced" if forced else "normal"
-        current["kind"] = "sampled" if group_size > 1 else kind
+        several = "knowledge" if kind == "closed-book" else "sampled"
+        current["kind"] = several if group_size > 1 else kind
         current["rows"] = [(int(q.id.strip("q")), member) for q in questions for member in range(group_size)]
         current["streams"], current["tokenizer"] = {}, tokenizer
         return real(model, tokenizer, template, questions, group_size=group_size, **options)
 
     def start(text):
         def scripted(logits, u, temperature, vocab_size):
-            assert temperature == (1.0 if current["kind"] == "sampled" else 0.0)
+            assert temperature == (1.0 if current["kind"] in ("sampled", "knowledge") else 0.0)
             tokenizer, tokens = current["tokenizer"], []
             for row in map(int, u.tolist()):
                 if row < 0:  # a row of padding
@@ -296,6 +303,31 @@ def test_a_sample_whose_search_failed_leaves_its_question_out(script):
     assert all(r.sampled == [True, True] for r in rows)
 
 
+def test_searches_by_what_the_samples_know(script):
+    """The classes of the twelve questions by hand, from the numbers of right samples."""
+    table, seen = passes(knowledge_samples=8, closed_book=False)
+    assert len(seen["knowledge"]) == 96 and all(e.searches == 0 for e in seen["knowledge"])
+    rows = flat(table)
+    assert [sum(r.closed_book) for r in rows] == list(RIGHT_OF_8)
+    assert all(len(r.closed_book) == 8 for r in rows)
+    found = search_by_knowledge(table, 8)["all"]
+    by_class = {"0": (0, 9), "1-2": (1, 2), "3-5": (3, 4, 5, 10), "6-7": (6, 7), "8": (8, 11)}
+    assert list(found) == list(by_class)
+    for name, numbers in by_class.items():
+        searched = [TWELVE[i][1] > 0 for i in numbers]
+        assert found[name]["value"] == sum(searched) / len(searched) and found[name]["n"] == len(numbers)
+        assert (found[name]["low"], found[name]["high"]) == wilson(sum(searched), len(searched))
+
+
+@pytest.mark.parametrize(
+    "n, names",
+    [(1, "0 1"), (2, "0 1 2"), (4, "0 1 2 3 4"), (8, "0 1-2 3-5 6-7 8"), (32, "0 1-8 9-23 24-31 32")],
+)
+def test_every_number_of_right_samples_is_in_one_class(n, names):
+    assert list(classes(n)) == names.split()
+    assert [i for numbers in classes(n).values() for i in numbers] == list(range(n + 1))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the program
 
@@ -374,6 +406,24 @@ def test_the_program(script, world, capsys):
     [row] = [r for r in rows if r["id"] == "q5" and r["pass"] == "forced"]
     assert [s["kind"] for s in row["segments"]] == ["model", "forced", "model", "env", "model"]
     assert row["answer"] == "gold 5" and row["right"] and row["searches"] == 1 and row["set"] == "rivers"
+
+
+def test_the_program_with_closed_book_samples(script, world, capsys):
+    content = run(world, "--knowledge_samples", "8", "--no-closed_book", "--batch_size", "9")
+    tables = content["search_by_knowledge"]
+    assert {name: sum(x["n"] for x in table.values()) for name, table in tables.items()} == {
+        "towers": 5,
+        "rivers": 7,
+        "all": 12,
+    }
+    printed = capsys.readouterr().out
+    assert "if right closed-book in .. of 8 samples | towers | rivers | all |" in printed
+    [line] = re.findall(r"^\| 0 \| (.*) \| (.*) \| (.*) \|$", printed, re.MULTILINE)
+    assert line == tuple(cell(tables[name].get("0")) for name in ("towers", "rivers", "all"))
+    [line] = re.findall(r"^\| 8 \| (.*) \| (.*) \| (.*) \|$", printed, re.MULTILINE)
+    assert line[0] == "-" and "8" not in tables["towers"]  # towers has no question in this class
+    assert sum(row["pass"] == "knowledge" for row in transcripts(world)) == 96
+    assert "search_by_knowledge" not in run(world, "--no-closed_book")
 
 
 def test_what_the_base_model_knows_is_looked_up_by_set(script, world, tmp_path):
@@ -517,6 +567,8 @@ BAD = {
     "real searches of a method that searches": ({"real_searches": "3"}, "--real_searches 3"),
     "real searches": ({"method": "ssrl", "real_searches": "-1"}, "--real_searches -1"),
     "samples": ({"samples": "-1"}, "--samples -1"),
+    "knowledge samples": ({"knowledge_samples": "-1"}, "--knowledge_samples -1"),
+    "samples with documents": ({"knowledge_samples": "8", "baseline": "rag"}, "not with --baseline rag"),
     "topk": ({"topk": "0"}, "--topk 0"),
     "tau": ({"tau": "1.5"}, "--tau 1.5"),
     "tau is a number": ({"tau": "nan"}, "--tau nan"),

@@ -73,10 +73,11 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["plain", "tied", "lora"])
+@pytest.mark.parametrize("name", ["plain", "tied", "lora", "halves"])
 def test_some_processes_make_the_run_of_one(runs, name, size):
     """plain: two iterations and an evaluation of three questions, of which a rank of four gets none. tied: a
-    tied head, recomputed activations, ranks without a loss token, and a step that is left out."""
+    tied head, recomputed activations, ranks without a loss token, and a step that is left out. halves: in
+    each group two episodes have no engine and are not trained on."""
     one, other = runs / f"{name}-1", runs / f"{name}-{size}"
     assert_same_run(one, other, norm=1e-6, sampler=1e-6)
     assert_close(weights(one), weights(other), 1e-5)

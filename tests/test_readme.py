@@ -38,7 +38,7 @@ def test_the_files_that_the_readme_names_exist():
 
 def test_commands_name_flags_that_exist(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = "config", "evaluate", "look", "retriever", "methods", "coldstart"
+    names = "config", "evaluate", "look", "retriever", "methods", "coldstart", "toy"
     programs = map(importlib.import_module, names)
     flags = {name for program in programs for name in program.Config.__dataclass_fields__}
     flags |= {"help", "gpu", "quick", "nproc_per_node", "shutdown"}  # of bench/ and of torchrun

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import boundary
 import prompts
 import reward
 from data import Episode, InputError, Question, Segment, load, number
@@ -933,6 +934,21 @@ def peer_flat(e, question, group):
     return peer_em(last_answer(whole(e)), question) - e.searches / 10
 
 
+def peer_ikea(e, question, group):
+    """arXiv 2505.07596, the code for a training question: 1 plus a bonus by the number of <search>, or 0.05
+    for a wrong answer beside a <search>, or -1 if the text has one of the faults."""
+    text = EXAMPLE.replace("<answer>", "").replace("</answer>", "") + whole(e)
+    faults = [SEARCH_R1.reminder]  # in the place of theirs
+    faults += [c + name for c in "([" for name in ("think", "search", "answer")]
+    faults += [name + c for c in ")]" for name in ("think", "search", "answer")]
+    if "<think>" not in text or "</think>" not in text or any(fault in text for fault in faults):
+        return -1
+    searches = text.count("<search>")
+    if peer_em(last_answer(text), question):
+        return 1 + {0: 0.6, 1: 0.4, 2: 0.2}.get(searches, 0)
+    return 0.05 if searches else 0
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule of the table below, as it was published and as reward.py computes it."""
@@ -952,9 +968,10 @@ RULES = {
     "sem with cost": Rule(partial(peer_sem, search_cost=0.1), partial(sem, search_cost=0.1), SEM),
     "otc": Rule(peer_otc, REWARDS["otc"], SEARCH_R1),
     "flat": Rule(peer_flat, REWARDS["flat"], SEARCH_R1),
+    "ikea": Rule(peer_ikea, REWARDS["ikea"], SEARCH_R1),
 }
 # The entries of REWARDS that this file knows. An entry that is added later needs no row here.
-PUBLISHED = ("search-r1", "zerosearch", "ssrl", "research", "research_paper", "sem", "otc", "flat")
+PUBLISHED = ("search-r1", "zerosearch", "ssrl", "research", "research_paper", "sem", "otc", "flat", "ikea")
 
 QUESTIONS = {
     "curie": GOLD,
@@ -990,7 +1007,9 @@ def dialogue(line, stop, question, template):
     new line."""
     texts = [("model", "")]
     for word in line.split(" "):
-        if word in DOCUMENTS:
+        if word == "M":
+            texts += [("reminder", template.reminder), ("model", "")]
+        elif word in DOCUMENTS:
             tag = template.result
             texts += [("env", f"\n<{tag}>\n{DOCUMENTS[word]}\n</{tag}>\n"), ("model", "")]
         else:
@@ -1156,6 +1175,31 @@ flat            T S R right                           answer  curie     .9
 flat            T S R S R wrong                       answer  curie     -.2
 flat            T S R T S                             turns   curie     -.1
 flat            T S R(answer) T                       length  curie     .9 -> -.1 (a document answers)
+-- IKEA
+ikea            T right                               answer  curie     1.6
+ikea            T S R T right                         answer  curie     1.4
+ikea            T S R T S R right                     answer  curie     1.2
+ikea            T S R S R S R right                   answer  curie     1
+ikea            T S R S R S R S R right               answer  curie     1
+ikea            T S R T wrong                         answer  curie     .05
+ikea            T S R T half                          answer  curie     .05
+ikea            T S R S R S R                         length  curie     .05
+ikea            T wrong                               answer  curie     0
+ikea            T                                     eos     curie     0
+ikea            right                                 answer  curie     -1
+ikea            S R right                             answer  curie     -1
+ikea            <think>hm right                       answer  curie     -1
+ikea            T M T right                           answer  curie     -1
+ikea            T (think) right                       answer  curie     -1
+ikea            T answer] right                       answer  curie     -1
+ikea            T [search]radium S R right            answer  curie     -1
+ikea            so T so right                         answer  curie     1.6
+ikea            T right radium</search>               bad_query  curie  1.6 -> -1 (no reminder follows)
+ikea            T S                                   turns   curie     .05 -> 0 (a query counts)
+ikea            T S R right S                         turns   curie     1.2 -> 1.4 (a query counts)
+ikea            T S R(answer) T                       length  curie     1.4 -> .05 (a document answers)
+ikea            S R(think) right                      answer  curie     -1
+ikea            <think>hm S R(think) right            answer  curie     1.4 -> -1 (a document ends a thought)
 """
 PAID = [re.split(r"\s{2,}", row, maxsplit=4) for row in PAID.split("\n")[2:] if row and row[0] != "-"]
 TRAITS = {
@@ -1170,6 +1214,9 @@ TRAITS = {
     "one rule for all sets",
     "a tag in the answer is text",
     "an empty box is an answer",
+    "a query counts",
+    "no reminder follows",
+    "a document ends a thought",
 }
 
 
@@ -1201,6 +1248,7 @@ def test_the_table_is_complete():
     for name in ("sem", "ssrl", "search-r1", "research", "zerosearch"):  # the methods that were published
         assert METHODS[name].reward is REWARDS[name] and METHODS[name].template == RULES[name].template
     assert REWARDS["sem"].function is sem
+    assert REWARDS["boundary"].function is boundary.boundary  # from a file of its own
 
 
 @pytest.mark.parametrize(
@@ -1214,6 +1262,8 @@ def test_the_table_is_complete():
         ("ssrl", {"ssrl"}),
         ("otc", {"sem", "search-r1", "research", "zerosearch"}),  # it does not count self-searches
         ("flat", {"sem", "search-r1", "research", "zerosearch"}),
+        ("ikea", {"sem", "search-r1", "research", "zerosearch"}),
+        ("boundary", {"sem", "search-r1", "research", "zerosearch"}),
     ],
 )
 def test_which_methods_a_reward_fits(name, methods):
@@ -1289,9 +1339,9 @@ def test_any_episode_is_paid_within_bounds_and_retrieved_text_pays_nothing(
     before = copy.deepcopy(e)
     paid = REWARDS[name](e, question, group=[e, right])
     assert paid == REWARDS[name](e, question, group=[e, right]) and e == before
-    least = -0.1 * e.searches if name == "flat" else 0
+    least, most = {"flat": (-0.1 * e.searches, 1), "ikea": (-1, 1.6)}.get(name, (0, 1))
     assert all(type(part) is float and math.isfinite(part) for part in paid.values())
-    assert least - 1e-9 <= paid["reward"] <= 1 + 1e-9
+    assert least - 1e-9 <= paid["reward"] <= most + 1e-9
     pieces = [(kind, foreign if kind in ("env", "reminder") else text) for kind, text in pieces]
     other = assembled(pieces, stop, question, template)
     assert REWARDS[name](other, question, group=[other, right]) == paid

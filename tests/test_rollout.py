@@ -552,6 +552,61 @@ def test_a_search_without_retriever_or_budget_ends_the_episode(script, retriever
     assert (e.stop, e.searches, len(e.ids)) == ("turns", 0, 1)
 
 
+class Forbidden:
+    """A retriever that must not be asked for anything but `allowed`."""
+
+    def __init__(self, *allowed):
+        self.allowed = set(allowed)
+
+    def search(self, queries, k):
+        assert set(queries) <= self.allowed
+        return [[] for _ in queries]
+
+
+@pytest.mark.parametrize("budget", [4, 0])
+def test_a_row_whose_engine_is_off_never_reaches_the_retriever(script, budget):
+    """Rows 0, 1 and 4, 5 have no engine. Rows 1 and 5 never ask, so they do not notice it."""
+    asks = [f"n1 <search>n{i}</search>" for i in range(6)]
+    lines = [asks[0], "n1 n2", asks[2], "n1 n3", asks[4], "n1 n4", asks[3], asks[5]]
+    script([ids(words(), line) for line in lines], words().eos_token_id)
+    engine = [False, False, True, True]
+    episodes = rollout(
+        build("llama", words()), words(), SEM, questions(2), group_size=4, engine=engine,
+        retriever=Forbidden("n2", "n3", "n5"), max_searches=budget,
+    )  # fmt: skip
+    assert [e.engine for e in episodes] == engine * 2
+    on = "eos" if budget else "turns"
+    assert [e.stop for e in episodes] == ["turns", "eos", on, "eos", "turns", "eos", on, on]
+    assert [e.searches for e in episodes] == [0, 0, budget > 0, 0, 0, 0, budget > 0, budget > 0]
+
+
+def test_members_without_an_engine_change_nothing_for_the_others():
+    """Whether half of a group has an engine or not: the prompt is fed once for the group, the other half has
+    the same episodes, and an episode without an engine is the same up to its first query."""
+    model, made, counts = build("llama", words()), {}, {}
+    for name, engine in (("all", None), ("half", [False, False, True, True])):
+        made[name] = rollout(
+            model, words(), SEM, questions(6), group_size=4, engine=engine, retriever=Shelf(), slots=8,
+            max_completion_length=40, counts=counts.setdefault(name, {}),
+        )  # fmt: skip
+        results = sum(len(s.ids) for e in made[name] for s in e.segments if s.kind == "env")
+        assert counts[name]["prefill_tokens"] == results + sum(len(e.prompt_ids) for e in made[name][::4])
+    stopped = 0
+    for i, (e, same) in enumerate(zip(made["half"], made["all"], strict=True)):
+        if e.engine or not (same.searches or same.stop == "bad_query"):  # an empty query is one too
+            assert (e.ids, e.stop) == (same.ids, same.stop)
+        else:
+            stopped += 1
+            assert i % 4 < 2 and e.stop == "turns" and e.searches == 0
+            assert e.ids == same.segments[0].ids and len(e.segments) == 1
+    assert stopped > 2
+
+
+def test_there_is_one_engine_flag_for_each_member_of_a_group():
+    with pytest.raises(ValueError):
+        rollout(build("llama", words()), words(), SEM, questions(1), group_size=2, engine=[True])
+
+
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_the_models_context_ends_an_episode(script, shape):
     rows = questions(2)

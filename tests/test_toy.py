@@ -6,13 +6,17 @@ tests are about the exam of a base model and about `build`. No test trains a bas
 minutes.
 """
 
+import hashlib
+import json
 import random
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import between
 import toy
 from data import Episode, InputError, Question, Segment
 from prompts import COT, DIRECT, RAG, Template
@@ -222,3 +226,224 @@ def test_a_base_model_that_cannot_read_is_trained_further(monkeypatch, tmp_path,
     else:
         assert (toy.build(config) / "world.json").exists()
     assert len(trained) == rounds and len(set(map(id, trained))) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --between
+
+MIXED = toy.World.make(0, between=96)
+MIXED_TOKENIZER = toy.make_tokenizer(MIXED)
+
+
+def test_the_world_without_such_questions_is_the_one_before_there_were_any():
+    """The names, facts, documents, questions, tokens and transcripts of the default world, as one digest. It
+    was computed with toy.py of commit a693908. Whoever changes that world on purpose has to change it."""
+    sets = {name: list(map(str, rows)) for name, rows in toy.splits(WORLD).items()}
+    rows = [
+        WORLD.known,
+        WORLD.unknown,
+        sorted(map(str, WORLD.facts.items())),
+        list(map(str, WORLD.docs())),
+        sets,
+    ]
+    rows.append(sorted(TOKENIZER.get_vocab().items()))
+    for method in ("sem", "research"):
+        rng, config = random.Random(f"transcripts {method}"), toy.Config(method=method)
+        rows.append([toy.transcript(WORLD, rng, config, TOKENIZER) for _ in range(200)])
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    assert digest == "78390700adbeafe4129c1cf5c0a62cc47e935822d81cebcb75e9b23a632293ce"
+
+
+def test_the_stamp_of_the_default_world_does_not_name_the_flag(monkeypatch, tmp_path):
+    """So a world that was built before is not built again."""
+    monkeypatch.setattr(toy, "train", lambda *args: None)
+    monkeypatch.setattr(toy, "exam", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(toy, "half_known", lambda *args: True)
+    stamps = {}
+    for people in (0, 96):
+        out = toy.build(toy.Config(output_dir=str(tmp_path / str(people)), between=people))
+        stamps[people] = json.loads((out / "world.json").read_text())
+        assert (
+            (out / "train" / "between.jsonl").exists()
+            == (out / "test" / "absent.jsonl").exists()
+            == (people > 0)
+        )
+    assert "between" not in stamps[0] and stamps[96] == stamps[0] | {"between": 96}
+
+
+def test_the_rest_of_the_world_is_the_same():
+    assert MIXED.known == WORLD.known and MIXED.unknown == WORLD.unknown
+    assert list(MIXED.facts.items())[: len(WORLD.facts)] == list(WORLD.facts.items())
+    assert MIXED.docs()[: len(WORLD.docs())] == WORLD.docs()
+    people = MIXED.known + MIXED.unknown + MIXED.between + MIXED.absent
+    assert len(people) == len(set(people)) == 192 + 96 + 48
+    for name in people:
+        [i] = MIXED_TOKENIZER(name, add_special_tokens=False).input_ids
+        assert i != MIXED_TOKENIZER.unk_token_id
+
+
+def test_the_corpus_lacks_some_of_the_answers():
+    """It has no fact about absent people, and lacks 35 % of those about people of `between`. What it has is
+    true, and the other value of a half-known fact is another one."""
+    texts = {doc.text for doc in MIXED.docs()}
+    assert len(texts) == len(MIXED.docs()) == len({doc.id for doc in MIXED.docs()})
+    missing = Counter()
+    for (relation, name), (value, other) in MIXED.conflicting.items():
+        assert value == MIXED.facts[relation, name] != other and other in toy.VALUES[relation]
+        held = toy.statement(relation, name, value) in texts
+        assert held == ((relation, name) not in MIXED.lacking)
+        missing[name in MIXED.absent] += not held
+    assert missing[True] == 2 * len(MIXED.absent) and missing[False] == round(0.35 * 192)
+    assert not any(f" {name} " in text for name in MIXED.absent for text in texts)
+
+
+def mixed_transcripts(n: int, **options):
+    """(relation, name, text after the prompt) of transcripts about people of `between` and `absent`."""
+    rng, config = random.Random("mixed"), toy.Config(between=96, **options)
+    for _ in range(n):
+        text = detokenize(MIXED_TOKENIZER, toy.transcript(MIXED, rng, config, MIXED_TOKENIZER))
+        found = re.match(r".*what is the (\w+) of (\w+) \? <assistant> (.*)", text)
+        if found and found[2] in MIXED.between + MIXED.absent:
+            yield found[1], found[2], found[3]
+
+
+def test_transcripts_state_both_values_of_a_half_known_fact_equally_often():
+    """Drafts, and the results of searches. The answer after a result is the value that it states; if the
+    corpus lacks the fact, no result states it, and the answer is a guess."""
+    true, guesses = Counter(), []
+    for relation, name, text in mixed_transcripts(6000, closed_book=0.0, search_known=1.0):
+        draft = re.search(r"</think> <answer> (\w+) </answer>", text)[1]
+        stated = re.findall(rf"{relation} of {name} is (\w+) \.", text)
+        if name in MIXED.absent:
+            assert not re.search(rf"of {name} is \w+ \.", text)
+            continue
+        assert draft in MIXED.conflicting[relation, name]
+        true["drafts"] += 1
+        true["right drafts"] += draft == MIXED.facts[relation, name]
+        for other, value in re.findall(rf"(\w+) of {name} is (\w+) \.", text):  # a distractor, too
+            assert value in MIXED.conflicting[other, name] and (other, name) not in MIXED.lacking
+        last = re.findall(r"<answer> (\w+) </answer>", text)[-1]
+        if (relation, name) in MIXED.lacking:
+            assert not stated
+            guesses.append(last in MIXED.conflicting[relation, name])
+        else:
+            assert stated == [last]
+            true["results"] += 1
+            true["right results"] += last == MIXED.facts[relation, name]
+    assert true["right drafts"] / true["drafts"] == pytest.approx(0.5, abs=0.06)
+    assert true["right results"] / true["results"] == pytest.approx(0.5, abs=0.06)
+    assert sum(guesses) / len(guesses) == pytest.approx(2 / 12, abs=0.08)
+
+
+def test_closed_book_transcripts_state_both_values(n=4000):
+    rows = list(mixed_transcripts(n, closed_book=1.0))
+    right = [
+        text == f"{MIXED.facts[relation, name]} <eos>"
+        for relation, name, text in rows
+        if name in MIXED.between
+    ]
+    assert sum(right) / len(right) == pytest.approx(0.5, abs=0.06)
+    assert len({name for _, name, _ in rows}) > 130  # of 144
+
+
+def stand_in(rates: dict[tuple[str, str], tuple[float, float]]):
+    """A model that gives the true value of a fact with the first probability closed-book and with the second
+    one in a draft, and the other value else."""
+    texts = {}
+
+    def model(input_ids):
+        text = detokenize(MIXED_TOKENIZER, input_ids[0].tolist())
+        relation, name = re.search(r"what is the (\w+) of (\w+) \?", text).groups()
+        texts[text] = draft = text.endswith("<answer>") or text.endswith("{")
+        p = rates.get((relation, name), (0.0, 0.0))[draft]
+        logits = torch.full((1, input_ids.shape[1], len(MIXED_TOKENIZER)), -1e9)
+        for value, share in zip(MIXED.conflicting[relation, name], (p, 1 - p), strict=True):
+            logits[0, -1, MIXED_TOKENIZER.convert_tokens_to_ids(value)] = (
+                torch.tensor(share).clamp(1e-9).log()
+            )
+        return SimpleNamespace(logits=logits)
+
+    return model, texts
+
+
+@pytest.mark.parametrize("method", DIALECTS)
+def test_half_known_facts_are_those_with_both_rates_in_the_middle(monkeypatch, method):
+    facts = [("home", name) for name in MIXED.between[:8]] + [("home", MIXED.absent[0])]
+    pairs = [
+        (0.5, 0.5),
+        (0.26, 0.74),
+        (0.24, 0.5),
+        (0.5, 0.24),
+        (0.76, 0.5),
+        (0.5, 0.76),
+        (1.0, 1.0),
+        (0.0, 0.0),
+    ]
+    model, texts = stand_in(dict(zip(facts, [*pairs, (0.5, 0.5)], strict=True)))
+    monkeypatch.setattr(MIXED, "half_known", {"from an earlier round"})
+    template = METHODS[method].template
+    assert not between.half_known(model, MIXED, template, MIXED_TOKENIZER)  # two are not enough
+    assert MIXED.half_known == set(facts[:2])
+    drafts = [text for text, draft in texts.items() if draft]
+    assert len(drafts) == 4 and all("<tool>" in text for text in drafts)
+    assert all(text.endswith("\\boxed{") == template.boxed for text in drafts)
+    assert not any("<tool>" in text for text, draft in texts.items() if not draft)
+
+
+@pytest.mark.parametrize("train, held_out, enough", [(32, 16, True), (31, 16, False), (32, 15, False)])
+def test_a_world_needs_32_half_known_questions_to_train_on_and_16_held_out(
+    monkeypatch, train, held_out, enough
+):
+    facts = [("home", name) for name in MIXED.between[:train]]
+    facts += [("colour", name) for name in MIXED.between[64 : 64 + held_out]]
+    monkeypatch.setattr(MIXED, "half_known", set())
+    model, _ = stand_in(dict.fromkeys(facts, (0.5, 0.5)))
+    assert between.half_known(model, MIXED, METHODS["sem"].template, MIXED_TOKENIZER) == enough
+    sets = toy.splits(MIXED)
+    assert [len(sets[f"{split}/between"]) for split in ("train", "test")] == [train, held_out]
+    assert [q.answers for q in sets["test/between"]] == [[MIXED.facts[fact]] for fact in facts[train:]]
+
+
+def test_no_held_out_question_is_about_somebody_that_is_trained_on(monkeypatch):
+    monkeypatch.setattr(MIXED, "half_known", set(MIXED.conflicting))
+    sets, names = toy.splits(MIXED), {}
+    for name in ("train/between", "test/between", "train/absent", "test/absent"):
+        names[name] = {q.text.split()[-2] for q in sets[name]}
+        assert len(sets[name]) == 2 * len(names[name])
+        assert {q.source for q in sets[name]} == {name.partition("/")[2]}
+    assert {name: len(people) for name, people in names.items()} == {
+        "train/between": 64, "test/between": 32, "train/absent": 32, "test/absent": 16,
+    }  # fmt: skip
+    assert len(set.union(*names.values())) == 64 + 32 + 32 + 16
+    assert {name: rows for name, rows in sets.items() if name in toy.splits(WORLD)} == toy.splits(WORLD)
+
+
+def test_the_exam_does_not_count_questions_in_between():
+    """The stand-in for the model is wrong about everybody of `between` and `absent`, and right else."""
+    uncertain = set(MIXED_TOKENIZER.convert_tokens_to_ids(MIXED.between + MIXED.absent))
+
+    def model(input_ids):
+        predicted = input_ids.roll(-1, 1)
+        for row, text in zip(predicted, input_ids.tolist(), strict=True):
+            if uncertain & set(text):
+                row[:] = toy.PAD
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(predicted, len(MIXED_TOKENIZER)))
+
+    assert toy.exam(model, MIXED, MIXED_TOKENIZER, "sem") == (1, 1)
+
+
+def test_a_base_model_that_half_knows_too_little_is_trained_further(monkeypatch, tmp_path):
+    trained, enough = [], iter([False, True])
+    monkeypatch.setattr(toy, "train", lambda model, *args: trained.append(model))
+    monkeypatch.setattr(toy, "exam", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(toy, "half_known", lambda *args: next(enough))
+    toy.build(toy.Config(output_dir=str(tmp_path / "world"), between=96))
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize("people", [-1, 1, 47, 177])
+def test_too_few_or_too_many_people_are_refused(monkeypatch, tmp_path, people):
+    monkeypatch.setattr(toy, "train", lambda *args: pytest.fail("trained"))
+    with pytest.raises(InputError, match=f"--between {people}: must be 0 or between 48 and 176"):
+        toy.build(toy.Config(output_dir=str(tmp_path / "world"), between=people))
+    assert len(toy.World.make(1, between=176).between) == 176
