@@ -103,8 +103,20 @@ def test_some_processes_with_bf16_weights_make_the_run_of_one(runs, size):
     assert_same_run(one, other, norm=1e-2, sampler=2e-3)
     assert next(iter(weights(other).values())).dtype == torch.float32  # joined with their lower halves
     assert_close(weights(one), weights(other), 6e-5)
+    gaps = torch.cat([(x - weights(one)[key]).abs().flatten() for key, x in weights(other).items()])
+    assert gaps.mean() < 1e-6  # 3e-8 was seen; without the lower halves of the start model it is 2e-5
     same = [x.bfloat16() == weights(one)[key].bfloat16() for key, x in weights(other).items()]
     assert torch.cat([x.flatten() for x in same]).float().mean() > 0.95
+
+
+def test_the_lower_halves_of_the_start_model_are_there(runs):
+    """The learning rate is so small that a lost half, about 2e-5, would show."""
+    start = load_file(runs / "model" / "model.safetensors")
+    for size in (1, 2, 4):
+        gaps = torch.cat(
+            [(x - start[key]).abs().flatten() for key, x in weights(runs / f"bf16-{size}").items()]
+        )
+        assert gaps.mean() < 1.5e-5
 
 
 @pytest.mark.parametrize("name", ["resumed-1-2", "resumed-2-1", "resumed-2-4"])
