@@ -19,6 +19,8 @@ If the model is right with a probability of 0.5 at once and of 0.6 after a searc
     otc    0.50    0.30 (if another episode of the group is right without a search)
     flat   0.50    0.50
 
+(otc and flat do not read the draft, so an honest and a junk draft earn the same.)
+
     world = World.make(seed, between=96)       # toy.py calls `add_people`
     half_known(model, world, template, tokenizer)
 """

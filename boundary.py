@@ -10,9 +10,10 @@ engine. How many of that half are right says whether the question needs a search
                   the engine
     neither       the rest                 1
 
-Right is an F1 of 1. What is not right earns its F1. So does every episode of the off half, by what it has
-answered before it asks, whether it asks or not. Both halves have the same prompt, and each has advantages of
-its own: a reward is compared with those of its half alone.
+Right is an F1 of 1. What is not right earns its F1. An episode of the off half earns the F1 of its answer. If
+it asks for a search it ends there, and the answer that it gave before counts. Both halves have the same
+prompt, and each has advantages of its own: a reward is compared with those of its half alone. No structure is
+checked.
 
     python grpo.py --reward boundary       # both halves are trained on
     python grpo.py --reward boundary_on    # ours: the off half labels, and is not trained on

@@ -108,9 +108,9 @@ def evaluate(
 
     `closed_book` adds the closed-book pass and, if there is a retriever, the forced pass. `force` forces the
     search in the normal pass too. `samples` adds that many sampled episodes for each question, and
-    `knowledge_samples` as many in the closed-book prompt. `log(set, pass, episodes)` is called with the
-    episodes of each pass. Questions whose search failed are left out, with a warning, because a retriever
-    that is down says nothing about the model."""
+    `knowledge_samples` that many sampled answers to the closed-book prompt. `log(set, pass, episodes)` is
+    called with the episodes of each pass. Questions whose search failed are left out, with a warning, because
+    a retriever that is down says nothing about the model."""
     table = {}
     for name, questions in sets.items():
 

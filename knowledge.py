@@ -25,11 +25,10 @@ def classes(n: int) -> dict[str, range]:
 
 def search_by_knowledge(records: dict[str, list[Record]], n: int) -> dict[str, dict[str, dict]]:
     """{set: {class: share of its questions that were searched for, Wilson's 95 % interval, number}} by `n`
-    closed-book samples of each question, with "all" for several sets. A class without questions is left
-    out."""
-    sets = records | ({"all": [r for rows in records.values() for r in rows]} if len(records) > 1 else {})
-    tables: dict[str, dict[str, dict]] = {name: {} for name in sets}
-    for name, rows in sets.items():
+    closed-book samples of each question. A class without questions is left out. There is no figure for all
+    sets together: it would also fall for a policy that only tells one set from another."""
+    tables: dict[str, dict[str, dict]] = {name: {} for name in records}
+    for name, rows in records.items():
         for class_, numbers in classes(n).items():
             if searched := [r.searched for r in rows if sum(r.closed_book) in numbers]:
                 low, high = wilson(sum(searched), len(searched))

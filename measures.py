@@ -42,8 +42,8 @@ def mean(values: Iterable[float]) -> float | None:
 
 def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, tau: float) -> dict[str, float]:
     """What the episodes of a training step were like, under TRL's names where TRL has one. `parts[i]` is what
-    the reward of episode i returned, and empty if its search failed. So many consecutive episodes as
-    `group_size` says are compared with one another: a group, or half of one.
+    the reward of episode i returned, and empty if its search failed. Each `group_size` consecutive
+    episodes are compared with one another: a whole group, or one half of it.
 
     An episode whose search failed says nothing about the policy, so it counts in tools/failure_frequency
     only. What is about searches and right answers counts the episodes with a search engine alone (`engine`).

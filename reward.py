@@ -422,9 +422,10 @@ def ikea(episode: Episode, question: Question, **_) -> dict[str, float]:
     """The rule of IKEA's code (arXiv 2505.07596), in [-1, 1.6]: 1.6, 1.4, 1.2 or 1 for a right answer after
     0, 1, 2 or more searches; for a wrong one 0.05 after a search, and 0 without; -1 for a broken format.
 
-    A format is broken if there is no <think> or no </think>, if a turn had neither query nor answer, or if a
-    tag is written with other brackets, such as (think or answer]. (The code reads results and the prompt's
-    example too, and counts queries that were not answered.)"""
+    A format is broken if there is no <think> or no </think>, if a query was empty, if the environment had to
+    remind the policy (in dialects with a reminder), or if one of the words think, search and answer stands
+    directly inside another bracket, as in (think or answer]. (The code reads results and the prompt's example
+    too, and counts queries that were not answered.)"""
     t, em = episode.template, exact_match(parse_episode(episode).answer, question)
     text, names = model_text(episode), f"(?:{t.think}|{t.search}|{t.answer})"
     sound = f"<{t.think}>" in text and f"</{t.think}>" in text and episode.stop != "bad_query"

@@ -230,7 +230,7 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
             draft = value = world.facts[relation, name]
         elif kind == "between":
             draft = rng.choice(world.conflicting[relation, name])
-            # without a result that says it, the second answer is a guess
+            # where the corpus lacks the fact, `value` stays a random guess
             lacking = (relation, name) in world.lacking
             value = value if lacking else rng.choice(world.conflicting[relation, name])
         else:

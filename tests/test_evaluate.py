@@ -310,7 +310,8 @@ def test_searches_by_what_the_samples_know(script):
     rows = flat(table)
     assert [sum(r.closed_book) for r in rows] == list(RIGHT_OF_8)
     assert all(len(r.closed_book) == 8 for r in rows)
-    found = search_by_knowledge(table, 8)["all"]
+    assert list(search_by_knowledge(table, 8)) == list(table)  # no figure for all sets together
+    found = search_by_knowledge({"both": rows}, 8)["both"]
     by_class = {"0": (0, 9), "1-2": (1, 2), "3-5": (3, 4, 5, 10), "6-7": (6, 7), "8": (8, 11)}
     assert list(found) == list(by_class)
     for name, numbers in by_class.items():
