@@ -124,7 +124,8 @@ def steps_of(question: Question) -> list[Question]:
 
 
 def split(config: Config, out: Path):
-    """Data: the questions of every side. All questions that share a normalised gold go to one side."""
+    """Data: the questions of every side. Of those that share a normalised gold only one is taken. With all of
+    them on one side, the few golds of "what is X's occupation" would tell the sides apart by the wording."""
     folder, rng = Path(config.data), random.Random(f"split {config.seed}")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     retriever, template = BM25(load_corpus(config.corpus)), METHODS["sem"].template
@@ -141,19 +142,20 @@ def split(config: Config, out: Path):
         seen |= set(new)
         pools[name] = [replace(q, id=f"{name.replace('/', '-')}-{q.id}") for q in readable([*new.values()])]
         counts[name] = f"{len(pools[name])} of {len(rows)}"
-    sides = {"injected": config.injected, "decoys": config.decoys, "habits": config.habits}
-    total, owner = sum(map(len, pools.values())), {}
-    chosen: dict[str, list[Question]] = {side: [] for side in (*sides, "unknown")}
-    for pool in pools.values():
-        left = {side: round(n * len(pool) / total) for side, n in sides.items()}
+    taken: set[str] = set()
+    for name, pool in pools.items():
+        pools[name] = []
         for question in rng.sample(pool, len(pool)):
-            answers = {normalise(a) for a in question.answers}
-            owners = {owner[a] for a in answers if a in owner}
-            side = next(iter(owners), next((side for side in left if left[side] > 0), "unknown"))
-            if len(owners) < 2:
-                left[side] = left.get(side, 0) - 1
-                owner |= dict.fromkeys(answers, side)
-                chosen[side].append(question)
+            if not (answers := {normalise(a) for a in question.answers}) & taken:
+                pools[name].append(question)
+                taken |= answers
+    sides = {"injected": config.injected, "decoys": config.decoys, "habits": config.habits}
+    chosen: dict[str, list[Question]] = {side: [] for side in (*sides, "unknown")}
+    total = sum(map(len, pools.values()))
+    for pool in pools.values():
+        left = [side for side, n in sides.items() for _ in range(round(n * len(pool) / total))]
+        for i, question in enumerate(pool):
+            chosen[left[i] if i < len(left) else "unknown"].append(question)
     multi = [q for file, name in MULTI_HOP.items() for q in load(f"{name}:{folder}/{file}")]
     multi = [single for q in multi for single in (steps_of(q) if q.steps else [q])]
     unique = {normalise(q.text): q for q in multi if normalise(q.text) not in seen}
