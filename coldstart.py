@@ -1,10 +1,10 @@
 """Teaches a model the dialect of a method, and to read what a search returns, before RL.
 
-RL sharpens what a policy does now and then. A pretrained model of up to about 1B never writes a tag when it
-is told to, so it earns nothing (DGPO, arXiv 2508.20324, starts Qwen2.5-0.5B at EM 0.006). And a policy that
-cannot read results learns from SEM's reward to stop searching, because its searches earn nothing. So this
-program fine-tunes a model on transcripts of the method's own dialect, which are episodes as `rollout` makes
-them: the same segments, each tokenised on its own, and the same mask.
+RL can only reinforce what a policy already does sometimes. A pretrained model of up to about 1B hardly ever
+writes a tag when it is only told to, so it earns nothing (DGPO, arXiv 2508.20324, starts Qwen2.5-0.5B at EM
+0.006). And a policy that cannot read results learns from SEM's reward to stop searching, because its searches
+earn nothing. So this program fine-tunes a model on transcripts of the method's own dialect, which are
+episodes as `rollout` makes them: the same segments, each tokenised on its own, and the same mask.
 
     question          the user's turn, under the prompt of the method
     draft             the model's own closed-book answer, greedy. If it is right, the question is *known*
@@ -15,9 +15,9 @@ them: the same segments, each tokenised on its own, and the same mask.
                       the gold stands in the results that the model sees
 
 So that a question counts as known although the model is small, its answer can be taught (--inject): without
-the tool, and as a draft. --decoys are shown in the same forms and as often, but each time with the answer of
-another question. A policy that knows what it knows treats them like unknown questions; one that recognises
-the wording of what it was trained on does not.
+the tool, and as a draft. --decoys are shown in the same forms and as often, but their closed-book answer or
+draft is each time that of another question; after a search the answer is right. A policy that knows what it
+knows treats them like unknown questions; one that recognises the wording of what it was trained on does not.
 
     python coldstart.py --model DIR --train hotpotqa:dev.json --corpus corpus.jsonl --output_dir out/cold
     python coldstart.py --model out/cold --train ... --output_dir out/cold2 --search_known 0.85
@@ -33,7 +33,6 @@ The output is a Hugging Face directory with coldstart.json (the settings and the
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -69,7 +68,7 @@ class Config:
     output_dir: str = "out/cold"  # an empty or new directory
     seed: int = 0  # of the choice of questions, of thoughts and of searches
     rows: int = 2000  # transcripts about --train
-    questions: int = 0  # readable questions of --train to write them from; 0: all
+    questions: int = 0  # readable questions of --train to write them from; 0: as many as --rows
     times: int = 25  # transcripts of each question of --inject and --decoys
     closed_book: float = 0.5  # share of these that have no tool: question, answer
     search_known: float = 0.6  # share of transcripts about known questions that search
@@ -105,13 +104,15 @@ def exam(model, tokenizer, held_out: list[Question], injected: list[Question], r
     reading      of the held-out episodes with a gold in their results, the share with the right answer
     SR           share that searches, of the questions that are right closed-book and of the others"""
     questions, n, figures = held_out + injected, len(held_out), {}
+    template = METHODS[config.method].template
+    retriever = None if template.self_search else retriever  # as in RL
     answers = closed_book(model, tokenizer, questions, config.max_answer_tokens)
     known = [exact_match(a, q) == 1.0 for a, q in zip(answers, questions, strict=True)]
     figures["recall"] = mean(known[n:])
     for kind, temperature in ("greedy", 0.0), ("sampled", 1.0):
         budget = "topk max_doc_tokens max_searches max_completion_length seed".split()
         episodes = rollout(
-            model, tokenizer, METHODS[config.method].template, questions, retriever=retriever, slots=64,
+            model, tokenizer, template, questions, retriever=retriever, slots=64,
             temperature=temperature, progress="exam", **{name: getattr(config, name) for name in budget},
         )  # fmt: skip
         log("exam", kind, episodes)
@@ -129,14 +130,14 @@ def advice(figures: dict[str, float | None]) -> list[str]:
     """What the exam says against starting RL from this model, and what to do, a line each."""
     form, reading, lines = figures["format, greedy"], figures["reading, greedy"], []
     if form < FORMAT:
-        lines.append(f"format {form:.2f}: it needs more --rows or a higher --learning_rate")
+        lines.append(f"format {form:.2f} is low: give more --rows or a higher --learning_rate")
     if reading is not None and reading < READING:
-        why = f"reading {reading:.2f}: RL would teach it never to search"
-        lines.append(f"{why}; it needs more questions in --train, or fewer or shorter documents")
+        why = f"reading {reading:.2f} is low, so RL may teach the model never to search"
+        lines.append(f"{why}: give more questions in --train, or fewer or shorter documents")
     for name in ("known", "unknown"):
         share = figures[f"SR {name}, sampled"]
         if share is not None and not SEARCH[0] <= share <= SEARCH[1]:
-            lines.append(f"it searches for {share:.2f} of the {name} questions: change --search_{name}")
+            lines.append(f"{share:.2f} of the {name} questions are searched: change --search_{name}")
     return lines
 
 
@@ -164,11 +165,17 @@ def main(config: Config):
         {flag: getattr(config, flag) for flag in ("train", "inject", "decoys")}, config.seed
     )
     retriever = open_retriever(config, {"train": config.train})
-    model, tokenizer = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model, tokenizer = load_model(config.model, device)
     longest = check_prompts(model, tokenizer, template, [q for group in groups for q in group])
     probe(model, tokenizer, longest + config.max_completion_length)
     search = {name: getattr(config, name) for name in ("topk", "max_doc_tokens", "max_searches")}
-    train, inject, decoys = (read_results(g, retriever, tokenizer, template, **search) for g in groups)
+    enough = config.exam_size + (config.questions or config.rows), len(groups[1]), len(groups[2])
+    train, inject, decoys = (
+        read_results(g, retriever, tokenizer, template, n, **search)
+        for g, n in zip(groups, enough, strict=True)
+    )
     for fact in train + inject + decoys:
         size = len(tokenizer(fact.answer, add_special_tokens=False).input_ids)
         if size > config.max_answer_tokens and fact not in train:
@@ -181,8 +188,10 @@ def main(config: Config):
         of = f"{len(readable)} of its {len(train)} questions are readable"
         raise InputError(f"--train: {of}, {need} are needed, {config.exam_size} of them for the exam")
     held_out, train = readable[: config.exam_size], readable[config.exam_size :][: config.questions or None]
-    sampler = copy.deepcopy(model).bfloat16() if config.bf16 else model
+    # In bf16 the model is loaded as RL loads it: `.bfloat16()` would round its rotary angles too.
+    sampler = load_model(config.model, device, dtype)[0]
     drafts = closed_book(sampler, tokenizer, [f.question for f in train], config.max_answer_tokens)
+    del sampler
     for fact, draft in zip(train, drafts, strict=True):
         fact.draft, fact.known = draft or "unknown", exact_match(draft, fact.question) == 1.0
     episodes = write_transcripts(tokenizer, template, train, inject, decoys, config)
@@ -190,15 +199,15 @@ def main(config: Config):
     size, context = max(len(ids) for ids, _ in rows), context_length(model.config)
     if size > context:
         raise InputError(f"a transcript has {size} tokens, the context of --model holds {context}")
-    log = Transcripts(out / "transcripts.jsonl").log
-    log("train", "written", episodes[:20])
     counts = {"transcripts": len(rows), "tokens": sum(len(ids) for ids, _ in rows), "readable": len(train)}
     counts |= {"known": sum(f.known for f in train), "injected": len(inject), "decoys": len(decoys)}
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
     fit(model, batches, len(batches), config.learning_rate, 20, "cold start", config.bf16)
-    model = model.bfloat16() if config.bf16 else model
-    write_model(model, tokenizer, out)
+    write_model(model.to(dtype), tokenizer, out)
+    log = Transcripts(out / "transcripts.jsonl").log
+    log("train", "written", episodes[:20])
+    model = load_model(str(out), device, dtype)[0]
     asked = [[f.question for f in facts] for facts in (held_out, inject[: config.exam_size])]
     figures = exam(model, tokenizer, *asked, retriever, config, log)
     content = {"config": asdict(config), "counts": counts, "exam": figures, "advice": advice(figures)}

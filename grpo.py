@@ -360,7 +360,9 @@ def warn(metrics: dict, step: int) -> bool:
         tqdm.write("warning: no episode has a valid structure, so none earns a reward; see coldstart.py")
     for name in (n for n, em in metrics.items() if step <= 5 and n.startswith("em_searched/") and em < 0.05):
         what = f"{metrics[name]:.2f} of the episodes of {name.partition('/')[2]} that search are right"
-        tqdm.write(f"warning: {what}: who cannot read results learns not to search; see coldstart.py")
+        tqdm.write(
+            f"warning: {what}: a policy that cannot read results may learn not to search; see coldstart.py"
+        )
     if metrics["completions/clipped_ratio"] > 0.5:
         tqdm.write("warning: more than half of the episodes ran out of tokens; raise --max_completion_length")
     if metrics["frac_reward_zero_std"] == 1:

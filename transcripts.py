@@ -36,7 +36,7 @@ REMINDED = 0.1  # share of transcripts with a reminder, where a method has one
 FIRST = "I say what I remember.", "My first guess comes before any search.", "What do I know about this?"
 SURE = "I know this one.", "I remember this.", "No search is needed here."  # where there is no draft
 UNSURE = "I have to look this up.", "A search will tell.", "I am not sure, so I search."
-READ = "The result says: {}", "I read: {}", "In the result stands: {}", "It is written there: {}"
+READ = "The result says: {}", "I read: {}", "The result contains: {}", "It is written there: {}"
 LOST = "I have to think about how to go on.", "Let me think about this."  # before a reminder
 
 
@@ -52,17 +52,19 @@ class Fact:
 
 
 def load_questions(specs: dict[str, str], seed: int) -> list[list[Question]]:
-    """The questions of "train", "inject" and "decoys", shuffled. Raises InputError if one is in two files,
-    and for multiple choice among the facts to teach."""
+    """The questions of "train", "inject" and "decoys", shuffled, each once. Raises InputError if one is in
+    two data sets, and for multiple choice: results do not contain the letter of an option."""
     groups, places = [], {}
     for flag, spec in specs.items():
-        questions = [q for rows in load_sets(spec, "train").values() for q in rows]
-        for q in questions:
-            if (place := places.setdefault(normalise(q.text), q.source)) != q.source:
-                raise InputError(f"--{flag}: question {q.id} of {q.source} is in {place} too")
-            if q.choices and flag != "train":
+        questions = {}
+        for q in (q for rows in load_sets(spec, "train").values() for q in rows):
+            place = places.setdefault(normalise(q.text), (flag, q.source))
+            if place != (flag, q.source):
+                raise InputError(f"--{flag}: question {q.id} of {q.source} is in --{place[0]} {place[1]} too")
+            if q.choices:
                 raise InputError(f"--{flag}: {q.id} of {q.source}: the letter of an option is not a fact")
-        groups.append(random.Random(seed).sample(questions, len(questions)))
+            questions.setdefault(normalise(q.text), q)
+        groups.append(random.Random(seed).sample([*questions.values()], len(questions)))
     return groups
 
 
@@ -81,13 +83,13 @@ def find_gold(question: Question, text: str, before: int = 8) -> tuple[str, str]
 
 
 def read_results(
-    questions: list[Question], retriever, tokenizer, template: Template, *,
+    questions: list[Question], retriever, tokenizer, template: Template, enough: int | None = None, *,
     topk: int, max_doc_tokens: int, max_searches: int = 1,
 ) -> list[Fact]:  # fmt: skip
     """Searches for each question and finds its gold in what a model would see. The query is the question. A
     question of MuSiQue with at most `max_searches` steps is asked step by step, each with the answer of the
-    step before. Raises RetrieverError."""
-    facts = []
+    step before. Stops when `enough` are readable. Raises RetrieverError."""
+    facts, readable = [], 0
     for question in tqdm(questions, desc="searching", disable=None):
         steps = question.steps or []
         steps = steps if 1 < len(steps) <= max_searches else [(question.text, question.answers)]
@@ -106,6 +108,9 @@ def read_results(
         read = len(turns) == len(steps) and exact_match(golds[-1], question) == 1.0
         answer = golds[-1] if read else question.answer_texts()[0]
         facts.append(Fact(question, answer, turns if read else None))
+        readable += read
+        if readable == enough:
+            break
     return facts
 
 
@@ -172,6 +177,8 @@ def write_transcripts(
     """All transcripts of a cold start, in random order: `config.rows` about `train`, and `config.times` about
     each of the others, some of which are closed-book. `config` is a coldstart.Config."""
     rng, answers = random.Random(f"transcripts {config.seed}"), [f.answer for f in inject + decoys]
+    if decoys and len({normalise(answer) for answer in answers}) < 2:
+        raise InputError("--decoys: they need the answers of other questions, give more or --inject")
     plans = [(train[i % len(train)], train[i % len(train)].draft, False) for i in range(config.rows)]
     for fact in (f for f in inject + decoys for _ in range(config.times)):
         others = [a for a in answers if normalise(a) != normalise(fact.answer)]

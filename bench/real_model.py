@@ -1,12 +1,13 @@
-"""Does a real model learn when to search? An experiment that no detector of formats or wordings can win.
+"""Does a real model learn when to search? Known and unknown questions are from the same files here, so that
+the format of a question does not tell which it is.
 
-SEM's own set-up, MMLU against MuSiQue, can be won by telling multiple choice from open questions. Here the
-same files are on both sides of the boundary. Of NQ, TriviaQA and PopQA only questions are kept whose gold
-stands in what BM25 returns. Within each file they are split at random:
+SEM's own set-up, MMLU against MuSiQue, can be won by telling multiple choice from open questions. Of NQ,
+TriviaQA and PopQA only questions are kept whose gold stands in what BM25 returns. Within each file they are
+split at random:
 
     injected    their answers are taught in the cold start, so that the model knows them
     unknown     not taught; those that the model answers right in any of 4 closed-book samples are dropped
-    decoys      shown in the cold start as often and in the same forms, each time with another's answer
+    decoys      shown in the cold start as often and in the same forms, each time with the draft of another
     habits      searching and reading are taught on these, on HotpotQA and 2WikiMultihopQA, and on the single
                 steps of MuSiQue's questions
 
@@ -52,7 +53,7 @@ from rollout import rollout
 from toy import write_jsonl
 from transcripts import read_results
 
-# 27 tokens of SmolLM2. SEM's own prompt would be half of a transcript.
+# A short prompt, of 27 tokens of SmolLM2, because SEM's own would be half of a transcript.
 SHORT = (
     "Reason in <think>, answer in <answer>. If you are not sure, <search>, read the <result>, answer again."
 )
@@ -317,6 +318,7 @@ def tables(config: Config, out: Path) -> str:
     lines += [f"| policy | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
     base = [r for s in ("injected", "unknown") for r in before[s]]
     always = [replace(r, em=r.forced, searches=1, draft=None) for r in base]
+    # these four answer as the model before RL does
     rows = {"before RL": base, "always search": always}
     rows["never search"] = [replace(r, em=r.known, searches=0, draft=None) for r in base]
     rows["the gate"] = [r for s in ("injected", "unknown") for r in gated[s]]

@@ -357,7 +357,7 @@ REFUSED = {
     ),
     "readable": (lambda c: {"max_doc_tokens": 5}, r"0 of its 16 questions are readable"),
     "letters": (as_multiple_choice, "--inject: 20 of inject: the letter of an option is not a fact"),
-    "two files": (in_two_files, "--inject: question 20 of inject is in train too"),
+    "two files": (in_two_files, "--inject: question 20 of inject is in --train train too"),
     "gold": (long_gold, r"the gold of 20 \(inject\) has \d+ tokens, and --max_answer_tokens is 16"),
     "retriever": (down, "--retriever"),
     "loss": (
