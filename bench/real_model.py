@@ -178,7 +178,7 @@ def cold_start(config: Config, data: Path, out: Path):
     settings |= {"inject": f"{data}/injected.jsonl", "decoys": f"{data}/decoys.jsonl"}
     rounds = (
         (config.model, first, config.rows, config.times),
-        (first, out, config.rows // 2, config.times // 4),
+        (first, out, config.rows // 2, max(1, config.times // 4)),
     )
     for model, folder, rows, times in rounds:
         if not (folder / "coldstart.json").exists():
