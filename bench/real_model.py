@@ -125,8 +125,8 @@ def steps_of(question: Question) -> list[Question]:
 
 
 def split(config: Config, out: Path):
-    """Data: the questions of every side. Of those that share a normalised gold only one is taken. With all of
-    them on one side, the few golds of "what is X's occupation" would tell the sides apart by the wording."""
+    """Data: the questions of every side. Of those that share a normalised gold only one is taken, so that no
+    gold is on two sides."""
     folder, rng = Path(config.data), random.Random(f"split {config.seed}")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     retriever, template = BM25(load_corpus(config.corpus)), METHODS["sem"].template
@@ -179,7 +179,7 @@ def cold_start(config: Config, data: Path, out: Path):
     settings |= {"inject": f"{data}/injected.jsonl", "decoys": f"{data}/decoys.jsonl"}
     rounds = (
         (config.model, first, config.rows, config.times),
-        (first, out, config.rows // 2, config.times // 4),
+        (first, out, config.rows // 2, max(1, config.times // 4)),
     )
     for model, folder, rows, times in rounds:
         if not (folder / "coldstart.json").exists():
