@@ -161,9 +161,8 @@ def check(config: Config):
 def main(config: Config):
     check(config)
     out, template = Path(config.output_dir), METHODS[config.method].template
-    groups = load_questions(
-        {flag: getattr(config, flag) for flag in ("train", "inject", "decoys")}, config.seed
-    )
+    specs = {flag: getattr(config, flag) for flag in ("train", "inject", "decoys")}
+    groups = load_questions(specs, config.seed)
     retriever = open_retriever(config, {"train": config.train})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.bf16 else torch.float32
@@ -171,11 +170,9 @@ def main(config: Config):
     longest = check_prompts(model, tokenizer, template, [q for group in groups for q in group])
     probe(model, tokenizer, longest + config.max_completion_length)
     search = {name: getattr(config, name) for name in ("topk", "max_doc_tokens", "max_searches")}
-    enough = config.exam_size + (config.questions or config.rows), len(groups[1]), len(groups[2])
-    train, inject, decoys = (
-        read_results(g, retriever, tokenizer, template, n, **search)
-        for g, n in zip(groups, enough, strict=True)
-    )
+    enough = config.exam_size + (config.questions or config.rows)
+    train = read_results(groups[0], retriever, tokenizer, template, enough, **search)
+    inject, decoys = (read_results(g, retriever, tokenizer, template, **search) for g in groups[1:])
     for fact in train + inject + decoys:
         size = len(tokenizer(fact.answer, add_special_tokens=False).input_ids)
         if size > config.max_answer_tokens and fact not in train:
@@ -191,7 +188,6 @@ def main(config: Config):
     # In bf16 the model is loaded as RL loads it: `.bfloat16()` would round its rotary angles too.
     sampler = load_model(config.model, device, dtype)[0]
     drafts = closed_book(sampler, tokenizer, [f.question for f in train], config.max_answer_tokens)
-    del sampler
     for fact, draft in zip(train, drafts, strict=True):
         fact.draft, fact.known = draft or "unknown", exact_match(draft, fact.question) == 1.0
     episodes = write_transcripts(tokenizer, template, train, inject, decoys, config)
@@ -213,8 +209,7 @@ def main(config: Config):
     content = {"config": asdict(config), "counts": counts, "exam": figures, "advice": advice(figures)}
     (out / "coldstart.json").write_text(json.dumps(content, indent=1))
     print(*(f"{name:20} {'-' if x is None else f'{x:.2f}'}" for name, x in figures.items()), sep="\n")
-    for line in advice(figures):
-        print(f"warning: {line}")
+    print(*(f"warning: {line}\n" for line in advice(figures)), sep="", end="")
 
 
 if __name__ == "__main__":
