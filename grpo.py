@@ -4,8 +4,9 @@ with. This file is the algorithm, in the order in which things happen:
     questions -> episodes through the search loop -> rule-based rewards -> advantages in each group
     -> clipped policy gradient with a KL term, on the policy's own tokens only -> AdamW step -> record
 
-There is no value model and no inference server. Files and checkpoints are in run.py, flags
-in config.py. `world` is for several GPUs; with one its methods do nothing (world.py).
+There is no value model and no inference server. Files and checkpoints are in run.py, flags in config.py.
+`world` stands for the processes of a run on several GPUs. With one GPU its methods return what they get
+(world.py).
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct --train musique,mmlu --output_dir out/sem
@@ -143,7 +144,8 @@ def make_batches(
 
 
 def empty_batch(device) -> Batch:
-    """A micro-batch without a loss token: its gradient is 0. See parallel.py for why there are such."""
+    """A micro-batch of one row and N = 0 loss tokens, whose gradient is 0. Of several processes those with
+    fewer micro-batches than another add such, see parallel.py."""
     ids, none = torch.zeros(1, 1, dtype=torch.long, device=device), torch.zeros(0, device=device)
     return Batch(ids, none.long(), none.long(), none.long(), none, none, none)
 
@@ -340,7 +342,8 @@ def train(run: Run) -> int:
                 run.save_checkpoint()
             raise
         except torch.OutOfMemoryError as error:
-            if not signals.held and run.world.size == 1:  # the weights may be in the middle of an update
+            # Otherwise the weights may be in the middle of an update, or the other processes do not come.
+            if not signals.held and run.world.size == 1:
                 run.save_checkpoint()
             flags = "--micro_batch_tokens, --rollout_slots or --gradient_checkpointing"
             raise InputError(
