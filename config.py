@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 import boundary
+import hybrid  # noqa: F401 (it adds its method to METHODS)
 from data import InputError
 from flags import comments, fail, parse  # noqa: F401 (the programs take all they need from here)
 from reward import METHODS, REWARDS

@@ -40,7 +40,7 @@ from config import check_date, check_ranges, check_writable, fail, parse
 from data import Episode, InputError, Question, load_sets
 from disk import append_rows
 from lora import load_adapter
-from measures import JudgeError, Record, is_right, judge, measure, report, verdicts
+from measures import JudgeError, Record, is_right, judge, measure, report, self_searches, verdicts
 from model import check_prompts, load_model, probe
 from prompts import COT, DIRECT, RAG, Template, encode_foreign, passage, set_date
 from retriever import RetrieverError, open_retriever
@@ -173,6 +173,7 @@ def make_record(
         f1=f1(parse.answer, question),
         searches=episode.searches,
         tokens=episode.policy_tokens,
+        self_searches=self_searches(episode) if template.own_result else None,
         draft=f1(parse.first, question) >= tau if template.draft else None,
         known=right.get("closed-book"),
         forced=right.get("forced"),

@@ -117,9 +117,9 @@ def right_mask(episode: Episode, tokenizer) -> list[bool]:
     template, mask = episode.template, []
     for segment in episode.segments:
         spans, ends = [], [0] * (len(segment.ids) + 1)
-        if template.self_search:
+        if template.own_result:
             ends = [len(detokenize(tokenizer, segment.ids[:n])) for n in range(len(segment.ids) + 1)]
-            block = rf"<{template.result}>.*?(?:</{template.result}>|\Z)"
+            block = rf"<{template.own_result}>.*?(?:</{template.own_result}>|\Z)"
             spans = [m.span() for m in re.finditer(block, detokenize(tokenizer, segment.ids), re.DOTALL)]
         for start, end in pairwise(ends):
             inside = any(start < last and end > first for first, last in spans)

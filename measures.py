@@ -31,6 +31,12 @@ def is_right(episode: Episode) -> bool:
     return exact_match(parse_episode(episode).answer, episode.question) == 1.0
 
 
+def self_searches(episode: Episode) -> int:
+    """How often the model asked itself: in hybrid's dialect with a tag of its own, in SSRL's with that of a
+    search."""
+    return parse_episode(episode).shape.count("S" if episode.template.self_search else "Q")
+
+
 def mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
@@ -83,12 +89,15 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
         with_engine = [group for group, e in zip(groups, firsts, strict=True) if e.engine]
         suspects, searched = sandbag_suspects(with_engine, tau)
         metrics["sandbag_suspects"] = suspects / searched if searched else 0.0
-    if episodes[0].template.self_search:  # these are not in call_frequency and search_ratio
-        metrics["tools/self_searches"] = sum(parse_episode(e).shape.count("S") for e, _ in counted) / n
+    own_results = bool(episodes[0].template.own_result)  # not in call_frequency and search_ratio
+    if own_results:
+        metrics["tools/self_searches"] = sum(self_searches(e) for e, _ in counted) / n
     for source in sorted({e.question.source for e in engine}):
         of_source = [e for e in engine if e.question.source == source]
         metrics[f"search_ratio/{source}"] = mean(e.searches > 0 for e in of_source)
         metrics[f"em/{source}"] = mean(map(is_right, of_source))
+        if own_results:
+            metrics[f"self_search_ratio/{source}"] = mean(self_searches(e) > 0 for e in of_source)
         if searched := [e for e in of_source if e.searches]:
             metrics[f"em_searched/{source}"] = mean(map(is_right, searched))
     return metrics
@@ -121,6 +130,7 @@ class Record:
     f1: float
     searches: int
     tokens: int  # policy tokens
+    self_searches: int | None = None  # queries to itself; None: the method has none
     draft: bool | None = None  # the first answer has F1 >= tau; None: the method has no drafts
     known: bool | None = None  # right in the closed-book pass, see prompts.DIRECT
     known_base: bool | None = None  # right closed-book for the base model, by the eval.json of --known
@@ -147,6 +157,7 @@ SHARES = {
     "em": Share("exact match", lambda r: True, lambda r: r.em),
     "lj": Share("right for the judge", lambda r: r.judged is not None, lambda r: r.judged),
     "sr": Share("P(searched a corpus or server): SEM's search ratio", lambda r: True, lambda r: r.searched),
+    "self_sr": Share("P(asked itself)", lambda r: r.self_searches is not None, lambda r: r.self_searches > 0),
     "known": Share("P(right closed-book)", lambda r: r.known is not None, lambda r: r.known),
     "over_search": Share(
         "P(searched | known): QOR of SAAS (arXiv 2605.29796)", lambda r: r.known, lambda r: r.searched

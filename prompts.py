@@ -22,13 +22,15 @@ from data import Doc, InputError, Question
 
 @dataclass(frozen=True)
 class Template:
-    """The dialect of a method: its system prompt, the names of its four tags, and the rules of an episode."""
+    """The dialect of a method: its system prompt, the names of its tags, and the rules of an episode."""
 
     system: str  # the instructions; the question stands alone in the user's turn
     think: str = "think"
     answer: str = "answer"
     search: str = "search"
     result: str = "result"
+    recall: str = ""  # a query to itself, beside those to the search engine (hybrid.py)
+    memory: str = ""  # the result that the model writes to such a query
     draft: bool = False  # the model gives a first answer before any search, and may stop there
     boxed: bool = False  # the answer stands in \boxed{} inside the answer tags
     raw: bool = False  # there are no tags: the whole text is the answer
@@ -37,8 +39,15 @@ class Template:
     reminder: str = ""  # reminder after a turn without query and answer; empty: that turn ends the episode
 
     @property
-    def tags(self) -> tuple[str, str, str, str]:
-        return self.think, self.answer, self.search, self.result
+    def tags(self) -> tuple[str, ...]:
+        names = self.think, self.answer, self.search, self.result, self.recall, self.memory
+        return tuple(filter(None, names))
+
+    @property
+    def own_result(self) -> str:
+        """The tag of the results that the model writes itself, which are not trained on; empty: it writes
+        none."""
+        return self.result if self.self_search else self.memory
 
 
 # The tags, their order and the rules are those of the papers; the wording of every prompt is ours. No prompt

@@ -182,7 +182,7 @@ def _f1(text: str, gold: str, yes_no: bool) -> float:
 @dataclass
 class Parse:
     """What `parse_episode` found. `shape` has one letter for each block: T think, A answer, S search, R
-    result, M a reminder of the environment, ! a mistake.
+    result, Q a query of the model to itself, O its own result, M a reminder of the environment, ! a mistake.
 
     A mistake is text outside the tags, an empty block, a tag without its partner, or a result block that the
     policy wrote although its method has a search engine."""
@@ -211,7 +211,7 @@ def parse_episode(episode: Episode) -> Parse:
 
         think answer    or    think answer (search result think?)+ answer"""
     t = episode.template
-    letters = {t.think: "T", t.answer: "A", t.search: "S", t.result: "R"}
+    letters = dict(zip(t.tags, "TASRQO", strict=False))
     shape, first, last, final, forced = "", None, None, None, ""
     for i, segment in enumerate(episode.segments):
         if segment.kind == "env":

@@ -337,7 +337,7 @@ class SearchLoop:
         part of the query, and reward.parse_episode does not count it as a mistake. (`completes` notices the
         tag, `handle_query` reads the query, `serve` feeds the token together with the reply.)"""
         t = self.template
-        if t.self_search:
+        if t.own_result:
             self.mask_result(row)
         if row.in_result:
             return
@@ -367,8 +367,8 @@ class SearchLoop:
         """Excludes a result block that the model writes itself from the loss (SSRL, arXiv 2508.10874): its
         tags, and every token with a character inside it. A block that is never closed goes on to the end."""
         if row.in_result:
-            row.in_result = not self.completes(row, f"</{self.template.result}>")
-        elif n := self.completes(row, f"<{self.template.result}>"):
+            row.in_result = not self.completes(row, f"</{self.template.own_result}>")
+        elif n := self.completes(row, f"<{self.template.own_result}>"):
             row.in_result = True
             row.episode.loss_mask[-n:] = [False] * n
 

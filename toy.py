@@ -38,7 +38,7 @@ import random
 import shutil
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -57,6 +57,7 @@ COLOURS = "red blue green black white pink grey gold brown teal amber ivory".spl
 VALUES = {"home": HOMES, "colour": COLOURS}
 KNOWN_TRAIN, KNOWN_HELDOUT, UNKNOWN_TRAIN, UNKNOWN_TEST = 64, 32, 64, 32  # how many names of each kind
 
+RECALLS = {False: 0.5, True: 0.2}  # hybrid: share of transcripts that recall, by whether they search too
 RECALL, READING = 0.97, 0.75  # required in `exam`; in training, reading jumps from 0.1 to 0.8 or 0.9
 
 PAD = 0  # id of <pad>
@@ -73,7 +74,7 @@ class Config:
     """Builds the toy world: data, corpus, tokenizer and a base model trained from scratch."""
 
     output_dir: str = "out/toy-world"  # where the world is written
-    method: str = "sem"  # the dialect of the transcripts: sem, ssrl, search-r1 or research
+    method: str = "sem"  # the dialect of the transcripts: sem, ssrl, search-r1, research or hybrid
     seed: int = 0  # of names, facts, transcripts and weights
     steps: int = 800  # training steps of the base model; twice or three times as many if it cannot read yet
     batch_size: int = 64  # transcripts a step
@@ -83,6 +84,7 @@ class Config:
     search_known: float = 0.6  # share of transcripts about sums and known people that search
     search_unknown: float = 0.85  # share of unknown transcripts that search
     closed_book: float = 0.1  # share of transcripts without a tool: question, answer
+    start: str = ""  # a toy world of the same seed and dialect: its model is trained further, on other habits
     between: int = 0  # people whose two facts the model shall half know, such as 96, see between.py; 0: none
 
 
@@ -163,10 +165,13 @@ def splits(world: World) -> dict[str, list[Question]]:
     }
 
 
-def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are words and tags. Any other word, such as one of a reminder, is <unk>."""
+def make_tokenizer(world: World, method: str = "sem") -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are words and tags: those of the methods of the papers, and of `method`. Any
+    other word, such as one of a reminder, is <unk>."""
     words = "what is the of home colour friend plus No results . ? :".split() + [str(i) for i in range(19)]
-    names = dict.fromkeys(tag for method in METHODS.values() for tag in method.template.tags)
+    templates = [m.template for m in METHODS.values() if not m.template.recall]
+    templates.append(METHODS[method].template)
+    names = dict.fromkeys(tag for template in templates for tag in template.tags)
     tags = [f"<{slash}{tag}>" for tag in names for slash in ("", "/")] + ["\\boxed{", "}"]
     special = "<pad> <eos> <unk> <user> <assistant> <tool>".split()
     words = [*special, *tags, *words, *HOMES, *COLOURS, *world.known, *world.unknown]
@@ -201,9 +206,10 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
     """Token ids of one training text of the base model: a prompt, and what a model without RL would write.
 
     Each transcript about an unknown person states different facts, so that there is nothing to learn by
-    heart. A direct answer to a question with two hops is always a guess."""
+    heart. A direct answer to a question with two hops is always a guess. In hybrid's dialect the model may
+    recall instead, or before it searches; what it recalls of unknown people is made up."""
     kinds = {"known": 4, "composed": 2, "unknown": 3, "two_hop": 2, "arithmetic": 3}
-    kinds |= {"between": 4, "absent": 2} if world.between else {}
+    kinds |= {"between": 6, "absent": 2} if world.between else {}
     kind = rng.choices([*kinds], [*kinds.values()])[0]
     relation = rng.choice(list(VALUES))
     draft = value = rng.choice(VALUES[relation])
@@ -244,18 +250,29 @@ def transcript(world: World, rng: random.Random, config: Config, tokenizer) -> l
         return tokenizer(text, add_special_tokens=False).input_ids
 
     template = METHODS[config.method].template
+    own = []  # (query to itself, what it answers), one for each turn
+    if template.recall and rng.random() < RECALLS[searched]:
+        own = [(thought, draft)]
+        if len(turns) == 2:
+            told = draft if kind == "two_hop" else value
+            met = friend if kind == "composed" else rng.choice(world.unknown)
+            own = [(f"friend of {name}", met), (f"{relation} of {friend if searched else met}", told)]
     if rng.random() < config.closed_book:
         return [*prompt(DIRECT, question, tokenizer), *encode(draft), tokenizer.eos_token_id]
     answer = "<answer> \\boxed{{ {} }} </answer>" if template.boxed else "<answer> {} </answer>"
     ids, text = prompt(template, question, tokenizer), f"<think> {thought} </think>"
-    if template.draft or not searched:
+    if template.draft or not (searched or own):
         text += answer.format(draft)
-    if searched:
-        for query, docs in turns:
+    for (query, docs), (asked, told) in zip_longest(turns, own, fillvalue=("", "")):
+        if own:
+            text += f" <recall> {asked} </recall> <memory> {asked} is {told} . </memory>"
+        if searched:
             result = encode_result(docs, tokenizer, template)
             ids += (*encode(f"{text} <search> {query} </search>"), *result)
             text = ""
-        text = f"<think> {turns[-1][0]} is {value} </think> {answer.format(value)}"
+    if searched or own:
+        subject, found = (turns[-1][0], value) if searched else own[-1]
+        text += f"<think> {subject} is {found} </think> {answer.format(found)}"
     return [*ids, *encode(text), tokenizer.eos_token_id]
 
 
@@ -287,6 +304,8 @@ def results(world: World, rng: random.Random, relation: str, name: str, value: s
 
 
 def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
+    if config.start:
+        return LlamaForCausalLM.from_pretrained(Path(config.start) / "model")
     torch.manual_seed(config.seed)
     return LlamaForCausalLM(  # not Qwen2, for which transformers 5 always loads the tokenizer class of Qwen
         LlamaConfig(
@@ -343,6 +362,17 @@ def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[
     return sum(recalled) / len(recalled), sum(read) / len(read)
 
 
+def check_start(config: Config):
+    """Raises InputError if --start is not a world with the same people and tokenizer."""
+    stamp = Path(config.start) / "world.json"
+    if not stamp.exists():
+        raise InputError(f"--start {config.start}: not a toy world")
+    stored = json.loads(stamp.read_text())
+    for name in ("seed", "method", "between"):
+        if (value := stored.get(name, 0)) != getattr(config, name):
+            raise InputError(f"--start {config.start}: its --{name} is {value}")
+
+
 def build(config: Config) -> Path:
     """Writes the world into `config.output_dir` and returns the path. A complete world with the same settings
     is left as it is. Raises InputError for bad settings, for a directory that holds something else, and if
@@ -356,10 +386,13 @@ def build(config: Config) -> Path:
         raise InputError(f"--between {config.between}: must be 0 or between {fewest} and {most}")
     if config.hidden_size < 8 or config.hidden_size % 8:
         raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
+    if config.start:
+        check_start(config)
     template = asdict(METHODS[config.method].template)  # a prompt with other words needs another base model
     settings = {**asdict(config), "output_dir": "", "template": template, "chat_template": CHAT_TEMPLATE}
-    if not config.between:  # it is the world that it was before there were such questions
-        del settings["between"]
+    for name in ("between", "start"):  # without them it is the world that it was before they existed
+        if not settings[name]:
+            del settings[name]
     settings = json.dumps(settings, indent=1)
     stamp = out / "world.json"  # it is written last, so where it exists the world is complete
     if stamp.exists() and stamp.read_text() == settings:
@@ -368,7 +401,7 @@ def build(config: Config) -> Path:
         raise InputError(f"{out} holds something that is not a toy world; it is left as it is")
     out.parent.mkdir(parents=True, exist_ok=True)
     world = World.make(config.seed, config.between)
-    tokenizer = make_tokenizer(world)
+    tokenizer = make_tokenizer(world, config.method)
     model = train_until_it_reads(world, config, tokenizer)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # two programs may build it at the same time
     shutil.rmtree(temporary, ignore_errors=True)

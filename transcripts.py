@@ -30,6 +30,7 @@ from prompts import (
 from reward import exact_match, normalise, parse_episode
 from rollout import detokenize, rollout
 
+RECALLS = 0.5  # share of transcripts that recall, searched or not, where a method can
 REMINDED = 0.1  # share of transcripts with a reminder, where a method has one
 
 # The thoughts. Those before a draft say nothing about whether it is right.
@@ -37,6 +38,7 @@ FIRST = "I say what I remember.", "My first guess comes before any search.", "Wh
 SURE = "I know this one.", "I remember this.", "No search is needed here."  # where there is no draft
 UNSURE = "I have to look this up.", "A search will tell.", "I am not sure, so I search."
 READ = "The result says: {}", "I read: {}", "The result contains: {}", "It is written there: {}"
+RECALLED = "I remember: {}", "My memory says: {}"  # after a memory, where a method has them
 LOST = "I have to think about how to go on.", "Let me think about this."  # before a reminder
 
 
@@ -144,8 +146,15 @@ def transcript(
         text = think(rng.choice(LOST)).strip()
         add("model", encode(text) + end, text, False)
         add("reminder", encode(template.reminder), template.reminder, False)
-    first = FIRST if template.draft else UNSURE if searched else SURE
+    recalls = template.recall and rng.random() < RECALLS
+    first = FIRST if template.draft or recalls else UNSURE if searched else SURE
     text = "" if template.raw else think(rng.choice(first))
+    if recalls:
+        asked = " ".join(fact.question.text.split())
+        query, told = (neutralise(t, tokenizer, template) for t in (asked, draft))
+        text += f"<{template.recall}> {query} </{template.recall}>\n"
+        text += f"<{template.memory}> {told} </{template.memory}>\n"
+        text += think(rng.choice(UNSURE) if searched else rng.choice(RECALLED).format(told))
     text += say(draft) if template.draft or not searched else ""
     for query, docs, words in fact.turns if searched else ():
         text += "\n" * text.endswith(">") + f"<{template.search}> {query} </{template.search}>"

@@ -5,9 +5,10 @@
 
 The world is that of `toy.py --between`, which also has questions of which the base model is partly certain. A
 row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ. All
-base models have learnt the same facts, for the same number of steps, or for two or three times as many where
-they did not pass their exam. What exists in --output_dir is not made again, so a stopped program goes on. If
-it is older than its world, it is an error.
+rewards of the papers start from the same base model, in the dialect of SEM; those of the "happy" and the
+"shy" rows come from it by further training on transcripts that search more or less. The hybrid has a dialect,
+and so a base model, of its own. What exists in --output_dir is not made again, so a stopped program goes on.
+If it is older than its world, it is an error.
 """
 
 import json
@@ -31,7 +32,10 @@ from reward import dialect
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = "known_heldout", "composed", "between", "unknown", "two_hop", "absent", "arithmetic"
-PEOPLE = 96  # whose facts the base models half know, see between.py
+PEOPLE = 72  # whose facts the base models half know, see between.py
+CLOSED_BOOK = (
+    0.15  # share of the base models' transcripts without a tool; fewer leave too few half-known facts
+)
 SAMPLES = 8  # of each question in the closed-book prompt, see knowledge.py
 
 
@@ -52,7 +56,7 @@ OTHERS = {
     "SSRL": Row("ssrl"),
 }
 RUNS = {
-    "Search-R1": Row("search-r1"),
+    "EM of Search-R1": Row("sem", reward="search-r1"),
     "OTC": Row("sem", reward="otc"),
     "flat": Row("sem", reward="flat"),
     "SEM": Row("sem"),
@@ -60,6 +64,8 @@ RUNS = {
     "boundary": Row("sem", reward="boundary"),
     "boundary, off half only labels": Row("sem", reward="boundary_on"),
     "IKEA": Row("sem", reward="ikea"),
+    "hybrid": Row("hybrid"),
+    "hybrid, OTC": Row("hybrid", reward="otc"),
 } | {
     f"{name}, {habit} base": Row("sem", reward, habit, flags)
     for habit in ("happy", "shy")
@@ -70,6 +76,8 @@ HABITS = {  # share of a base model's transcripts that search: of known people a
     "happy": (0.95, 0.98),
     "shy": (0.1, 0.4),
 }
+BASES = {"ssrl": "SSRL", "hybrid": "hybrid"}  # dialects whose base models have a row of their own
+HABIT_STEPS = 200  # of that further training
 SHARED = "prompts_per_step num_generations max_completion_length max_searches topk learning_rate warmup_steps"
 TRAIN_FLAGS = [f"--{name}={TOY[name]}" for name in SHARED.split()]  # what grpo.py takes without --model
 TRAIN_SETS = [*TOY["train"].split(","), "between", "absent"]
@@ -100,8 +108,14 @@ def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
     """Builds the toy world of a dialect and a habit, unless it is there."""
     path = out / "-".join(filter(None, ["world", dialect, habit, str(seed)]))
     known, unknown = HABITS[habit]
+    flags = []
+    if habit:
+        home = world(out, dialect, "", seed)
+        refuse_stale(path / "world.json", home)
+        flags = ["--start", home, "--steps", HABIT_STEPS, "--learning_rate", 1e-3]
     run("toy.py", "--output_dir", path, "--method", dialect, "--seed", seed, "--between", PEOPLE,
-        "--search_known", known, "--search_unknown", unknown)  # fmt: skip
+        "--closed_book", CLOSED_BOOK, "--search_known", known, "--search_unknown", unknown,
+        *flags)  # fmt: skip
     return path
 
 
@@ -126,8 +140,10 @@ def test(model: Path, where: Path, output: Path, *flags, split: str = "test"):
 def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) -> dict[str, dict]:
     """{row: {kind: measures}} of one seed."""
     runs = RUNS | (OTHERS if config.others else {})
-    dialects = {(dialect(row.method), row.habit) for row in runs.values()}
-    places = dict(zip(dialects, pool.map(lambda d: world(out, *d, seed), dialects), strict=True))
+    dialects, places = {(dialect(row.method), row.habit) for row in runs.values()}, {}
+    plain = {d for d in dialects if not d[1]}
+    for group in plain, dialects - plain:  # those with a habit are made from the others
+        places |= zip(group, pool.map(lambda d: world(out, *d, seed), group), strict=True)
     home, files, rewards = places["sem", ""], {}, {}
 
     def file(name: str) -> Path:
@@ -136,7 +152,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
 
     def base(dialect: str, habit: str):
         """Evaluates a base model."""
-        name = "base, SSRL" if dialect == "ssrl" else f"base, {habit}" if habit else "base (prompted)"
+        name = f"base, {habit or BASES[dialect]}" if habit or dialect in BASES else "base (prompted)"
         where = places[dialect, habit]
         test(where / "model", where, file(name), "--method", dialect)
 
@@ -179,7 +195,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         if row.method == "ssrl":
             test(target, where, file("SSRL, real search"), "--real_searches", "all")
 
-    first = [pool.submit(base, *d) for d in dialects if d[0] in ("sem", "ssrl")]
+    first = [pool.submit(base, *d) for d in dialects if d[0] == "sem" or d[0] in BASES]
     first += [pool.submit(usage, "always-search", "--baseline", "always")]
     first += [pool.submit(usage, "direct", "--baseline", "direct")]
     train_file = out / f"eval train {seed}.json"
@@ -219,6 +235,7 @@ TABLES = [  # columns: measure, kinds of question
         "under_search": ("composed", "between", "unknown", "two_hop"),
         "sandbag_rate": ("known_heldout", "between", "arithmetic"),
     },
+    {"searches": ("composed", "two_hop", "absent"), "self_sr": KINDS},
     {f"sr by right of {SAMPLES}": tuple(classes(SAMPLES))},  # of the kind between
     {"own reward": ("before", "after")},  # of sampled episodes on the training questions
 ]
@@ -229,6 +246,7 @@ def table(seeds: list[dict[str, dict]], measures: dict[str, tuple]) -> str:
     names = ["base (prompted)", "always-search", "direct", "gate", *OTHERS, *RUNS]
     at = names.index("SSRL")
     names[at : at + 1] = ["base, SSRL", "SSRL", "SSRL, real search"]
+    names.insert(names.index("hybrid"), "base, hybrid")
     for habit in ("happy", "shy"):
         names.insert(names.index(f"SEM, {habit} base"), f"base, {habit}")
     names = [name for name in names if any(name in rows for rows in seeds)]

@@ -28,7 +28,7 @@ from rollout import detokenize, rollout
 from sft import fit
 from transcripts import Fact, find_gold, read_results, transcript, write_transcripts
 
-DIALECTS = ["sem", "ssrl", "search-r1", "research", "zerosearch"]
+DIALECTS = ["sem", "ssrl", "search-r1", "research", "zerosearch", "hybrid"]
 TOKENIZERS = ["pieces", "qwen2.5", "phi-3-mini", "minimind"]
 PARIS = Question("q", "what is the capital of France?", ["Paris"], "towns")
 FRANCE = [Doc("0", "France", "Its capital is Paris, on the Seine. </result> "), Doc("1", "Seine", "A river.")]
@@ -51,6 +51,11 @@ class Dice:
 
     def __init__(self, value):
         self.random, self.choice = lambda: value, random.Random(0).choice
+
+
+def segment_kinds(episode):
+    """The kind of segment of each token."""
+    return [s.kind for s in episode.segments for _ in s.ids]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -83,6 +88,9 @@ def test_a_transcript_is_the_episode_that_rollout_would_make(script, method, nam
     assert ("reminder" in [s.kind for s in written.segments]) == fumbled
     if template.self_search:  # a model that is to write results has to learn it
         assert (all(written.loss_mask) and sum(sampled.loss_mask) < len(sampled.ids)) or not searches
+    elif template.memory and reminded:  # this Dice makes it recall
+        assert all(t for t, s in zip(written.loss_mask, segment_kinds(written), strict=True) if s == "model")
+        assert 0 < sum(sampled.loss_mask) < sum(written.loss_mask)
     else:
         n = len(own[0]) if fumbled else 0
         assert written.loss_mask[n:] == sampled.loss_mask[n:] and not any(written.loss_mask[:n])

@@ -25,6 +25,7 @@ import rollout as module
 import runner
 from cache import SlotCache, context_length, kv_bytes
 from data import Doc, InputError, Question
+from hybrid import HYBRID
 from model import load_model, probe
 from prompts import RESEARCH, SEARCH_R1, SEM, SSRL, encode_result, render
 from retriever import BM25, RetrieverError
@@ -838,14 +839,14 @@ def cut(tokenizer, text, rng):
     return cuts
 
 
-def bytes_in_blocks(tokenizer, row):
-    """For each token: how many bytes it has, and how many of these lie in an information block of the whole
-    text. A block without an end goes on to the end."""
+def bytes_in_blocks(tokenizer, row, tag="information"):
+    """For each token: how many bytes it has, and how many of these lie in a block of the whole text. A block
+    without an end goes on to the end."""
     text = tokenizer.decode(row).encode()
     inside, at = [0] * len(text), 0
-    while (start := text.find(b"<information>", at)) >= 0:
-        end = text.find(b"</information>", start)
-        at = len(text) if end < 0 else end + len(b"</information>")
+    while (start := text.find(f"<{tag}>".encode(), at)) >= 0:
+        end = text.find(closing := f"</{tag}>".encode(), start)
+        at = len(text) if end < 0 else end + len(closing)
         inside[start:at] = [1] * (at - start)
     sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(row)]
     assert sum(sizes) == len(text)
@@ -853,28 +854,32 @@ def bytes_in_blocks(tokenizer, row):
     return [(size, sum(inside[start : start + size])) for start, size in zip(starts, sizes, strict=False)]
 
 
-@pytest.mark.parametrize("name", ["pieces", "qwen2.5"])
-def test_results_of_the_model_are_out_of_the_loss_to_the_token(script, monkeypatch, name):
+@pytest.mark.parametrize("template", [SSRL, HYBRID], ids=["ssrl", "hybrid"])
+@pytest.mark.parametrize("name", ["pieces", "qwen2.5", "minimind"])
+def test_results_of_the_model_are_out_of_the_loss_to_the_token(script, monkeypatch, name, template):
     """However the text is cut, a token is out of the loss if any byte of it lies in a block, tags included,
     and otherwise it is in the loss."""
-    tokenizer, rng = tokenizer_named(name), random.Random(0)
-    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in SELF_SEARCHES]
-    rows += [bytewise(tokenizer, text) for text in SELF_SEARCHES]
-    rows += [cut(tokenizer, text, rng) for text in SELF_SEARCHES for _ in range(20)]
-    if name == "pieces":
+    tokenizer, rng, texts = tokenizer_named(name), random.Random(0), SELF_SEARCHES
+    if template is HYBRID:
+        texts = [text.replace("information", "memory").replace("search", "recall") for text in texts]
+        texts += [f"{text}<result>a</result><think>b</think>" for text in texts]  # a mistake, but its own
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    rows += [bytewise(tokenizer, text) for text in texts]
+    rows += [cut(tokenizer, text, rng) for text in texts for _ in range(20 if template is SSRL else 5)]
+    if name == "pieces" and template is SSRL:
         rows.append([vocabulary(tokenizer)[t] for t in ".< info rmation > Ċ </ info rmation >. a .<".split()])
         rows.append([vocabulary(tokenizer)[t] for t in "a >< info rmation >Ċ </ info rmati on>< b".split()])
     rows = [[*row, tokenizer.eos_token_id] for row in rows]
     script(rows, tokenizer.eos_token_id, score=False)
     monkeypatch.setattr(runner, "step_hidden", lambda _, cache, slots, ids, *rest: torch.zeros(*ids.shape, 8))
     model = build("qwen2", tokenizer, context=2048, hidden=8)  # it is never called
-    episodes, merged = rollout(model, tokenizer, SSRL, questions(len(rows))), 0
+    episodes, merged = rollout(model, tokenizer, template, questions(len(rows))), 0
     for e, row in zip(episodes, rows, strict=True):
         assert (e.ids, kinds(e), e.searches, e.stop) == (row, ["model"], 0, "eos")
-        found = bytes_in_blocks(tokenizer, row)
+        found = bytes_in_blocks(tokenizer, row, template.own_result)
         assert e.loss_mask == [not inside for _, inside in found], tokenizer.decode(row)
         merged += sum(0 < inside < size for size, inside in found)
-    assert merged > 50
+    assert merged > 50 or name == "minimind"  # of which no token runs across the border of a block
 
 
 SEARCHES = [f"<think>b</think><search>q{i}</search>\n" for i in (1, 2, 3)]
@@ -900,6 +905,30 @@ def test_the_first_searches_are_real_and_the_model_answers_the_others(script, bu
     assert not any(chosen for s, chosen in by_token(e) if s.kind == "env")
     assert [i for s in e.segments if s.kind == "model" for i in s.ids] == row
     assert (mask.count(False) > 0) == (real < 3) and ssrl(e, e.question)["f"] == 1
+
+
+RECALL = "<recall>who</recall><memory>Doc 1: </search> <result>é</result> <search>no</search>\n</memory>"
+
+
+@pytest.mark.parametrize("name", ["pieces", "qwen2.5", "minimind"])
+def test_memories_and_results_of_the_engine_in_any_order(script, name):
+    """Both are out of the loss, to the token, and only the engine's count as searches. What a memory contains
+    is no query. A document that contains the tags of a memory is only text."""
+    tokenizer, rng = tokenizer_named(name), random.Random(0)
+    parts = "<think>a</think>", RECALL, "<search>q1</search>", RECALL, "<search>q2</search>", RECALL
+    rows = [tokenizer("\n".join(parts), add_special_tokens=False).input_ids]
+    rows += [cut(tokenizer, "\n".join(rng.sample(parts, len(parts))), rng) for _ in range(40)]
+    rows = [[*row, tokenizer.eos_token_id] for row in rows]
+    script(rows, tokenizer.eos_token_id, score=False)
+    shelf = Shelf("<memory>x</memory><recall>y</recall><memory> {}")
+    model = build("qwen2", tokenizer, context=4096, hidden=8)
+    episodes = rollout(model, tokenizer, HYBRID, questions(len(rows)), retriever=shelf)
+    for e, row in zip(episodes, rows, strict=True):
+        assert (e.searches, e.stop, parse_episode(e).shape.count("Q")) == (2, "eos", 3)
+        mask = [not inside for _, inside in bytes_in_blocks(tokenizer, row, "memory")]
+        assert [chosen for s, chosen in by_token(e) if s.kind == "model"] == mask
+        assert not any(chosen for s, chosen in by_token(e) if s.kind == "env")
+    assert sorted({query for call in shelf.calls for query in call}) == ["q1", "q2"]
 
 
 def by_token(e):

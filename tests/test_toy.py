@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -226,6 +227,23 @@ def test_a_base_model_that_cannot_read_is_trained_further(monkeypatch, tmp_path,
     else:
         assert (toy.build(config) / "world.json").exists()
     assert len(trained) == rounds and len(set(map(id, trained))) == 1
+
+
+def test_a_world_that_starts_from_another_trains_its_model_further(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(toy, "train", lambda model, *args: trained.append(model))
+    monkeypatch.setattr(toy, "exam", lambda *args: (1.0, 1.0))
+    first = toy.Config(output_dir=str(tmp_path / "a"), hidden_size=16)
+    second = replace(first, output_dir=str(tmp_path / "b"), start=str(toy.build(first)), search_known=0.95)
+    toy.build(second)
+    for one, two in zip(*(model.parameters() for model in trained), strict=True):
+        assert torch.equal(one, two)
+    assert "start" not in (tmp_path / "a" / "world.json").read_text()
+    for change, reason in (({"seed": 1}, "its --seed is 0"), ({"between": 96}, "its --between is 0"),
+                           ({"start": str(tmp_path)}, "not a toy world")):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            toy.build(replace(second, output_dir=str(tmp_path / "c"), **change))
+    assert len(trained) == 2 and not (tmp_path / "c").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
