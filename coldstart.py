@@ -59,7 +59,7 @@ class Config:
     """Fine-tunes a model on transcripts of a method's dialect, so that RL has something to choose from."""
 
     model: str = ""  # hub id or local directory of the model to start from
-    method: str = "sem"  # the dialect: sem, ssrl, search-r1, research or zerosearch
+    method: str = "sem"  # the dialect: sem, ssrl, search-r1, research, zerosearch or hybrid
     train: str = ""  # data sets that search and reading are taught on, comma-separated: name, name:path, path
     inject: str = ""  # data sets whose right answers are taught too, so that they become known
     decoys: str = ""  # data sets shown as often as --inject, each time with another question's answer

@@ -36,7 +36,7 @@ import math
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -155,7 +155,7 @@ def splits(world: World) -> dict[str, list[Question]]:
         "train/known": world.questions(known_train, "known"),
         "train/composed": world.questions(known_train, "composed", hops=2),
         "train/unknown": world.questions(unknown_train, "unknown")
-        + world.questions(unknown_train, "unknown", hops=2),
+        + [replace(q, id=f"{q.id}-two") for q in world.questions(unknown_train, "unknown", hops=2)],
         "test/known_train": world.questions(known_train, "known_train"),
         "test/known_heldout": world.questions(known_heldout, "known_heldout"),
         "test/composed": world.questions(known_heldout, "composed", hops=2),
