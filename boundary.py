@@ -18,6 +18,8 @@ checked.
     python grpo.py --reward boundary       # both halves are trained on
     python grpo.py --reward boundary_on    # ours: the off half labels, and is not trained on
 
+EAPO (arXiv 2606.02132) also puts episodes without tools into every group.
+
 This follows the formulas of the paper; its code differs. There a question is nosearch if at least 2 of 4 are
 right; "half" is our generalisation. The first stage of the paper is left out, in which the reward is F1 alone
 until that no longer rises. (The paper has an accuracy of 45.8 with it and 40.9 without.)

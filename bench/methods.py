@@ -7,8 +7,8 @@ The world is that of `toy.py --between`, which also has questions of which the b
 row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ. All
 rewards of the papers start from the same base model, in the dialect of SEM; those of the "happy" and the
 "shy" rows come from it by further training on transcripts that search more or less. The hybrid has a dialect,
-and so a base model, of its own. What exists in --output_dir is not made again, so a stopped program goes on.
-If it is older than its world, it is an error.
+and so a base model, of its own, and twice as many steps. What exists in --output_dir is not made again, so a
+stopped program goes on. If it is older than its world, it is an error.
 """
 
 import json
@@ -47,6 +47,7 @@ class Row:
     reward: str = ""  # --reward; none: that of the method
     habit: str = ""  # which base model of the dialect it starts from, see HABITS
     flags: tuple[str, ...] = ()  # further flags of grpo.py
+    longer: int = 1  # times --max_steps
 
 
 KEPT = ("--sem_kept", "0.1")
@@ -64,8 +65,8 @@ RUNS = {
     "boundary": Row("sem", reward="boundary"),
     "boundary, off half only labels": Row("sem", reward="boundary_on"),
     "IKEA": Row("sem", reward="ikea"),
-    "hybrid": Row("hybrid"),
-    "hybrid, OTC": Row("hybrid", reward="otc"),
+    "hybrid": Row("hybrid", longer=2),
+    "hybrid, off half only labels": Row("hybrid", reward="boundary_on", longer=2),
 } | {
     f"{name}, {habit} base": Row("sem", reward, habit, flags)
     for habit in ("happy", "shy")
@@ -108,7 +109,7 @@ def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
     """Builds the toy world of a dialect and a habit, unless it is there."""
     path = out / "-".join(filter(None, ["world", dialect, habit, str(seed)]))
     known, unknown = HABITS[habit]
-    flags = []
+    flags = ["--steps", 1600] if dialect == "hybrid" else []  # it has more to learn
     if habit:
         home = world(out, dialect, "", seed)
         refuse_stale(path / "world.json", home)
@@ -185,7 +186,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         row = runs[name]
         where = places[dialect(row.method), row.habit]
         target = out / f"run {name} {config.max_steps} {seed}"
-        grpo(name, where / "model", target, "--seed", seed, "--max_steps", config.max_steps)
+        grpo(name, where / "model", target, "--seed", seed, "--max_steps", row.longer * config.max_steps)
         test(target, where, file(name))
         before = own_reward(name, where / "model", out / f"reward before {name} {seed}")
         after = own_reward(name, target, out / f"reward {name} {config.max_steps} {seed}")
