@@ -587,7 +587,8 @@ def test_every_method_trains(method, world, sampled):
     assert stored["method"] == method and stored["reward"] == ""  # this stands for the reward of the method
     rows = timeless(out / "transcripts.jsonl")
     question = Question("1", "", ["x"], "known")
-    parts = METHODS[method].reward(Episode(question, [], template=METHODS[method].template), question)
+    episode = Episode(question, [], template=METHODS[method].template)
+    parts = METHODS[method].reward(episode, question, group=[episode])
     assert all(parts.keys() <= row.keys() for row in rows)
     assert ("sandbag_suspects" in first) == ("f1_a1" in parts) == (method == "sem")
 
