@@ -33,6 +33,9 @@ the text below the figure. A figure is left out if no step has one of its metric
         drafts of the start model are bad, see the transcripts.
     self_search_ratio/.* | share of episodes in which the model wrote a result itself
         These do not count in the search ratio. At 0 the model answers at once, or asks the engine.
+    labels/nosearch/.* | boundary: share of questions that need no search
+        Should be near 1 for what the model knows, and near 0 for what it has to look up. 0 everywhere: the
+        half without the engine is never right, so no search costs anything.
     format|completions/clipped_ratio|tools/failure_frequency | share of episodes: valid, cut off, failed
         The format should soon be near 1, the others near 0. Clipped: the token budget is too small. Failed:
         the retriever was down. Whether it finds the right thing stands only in the transcripts.
