@@ -113,13 +113,13 @@ def test_a_search_costs_only_where_the_half_without_the_engine_can_recall():
 
 
 def test_searches_and_self_searches_are_counted_apart():
-    episodes = [episode(shape, "oslo") for shape in ("T", "TQOT", "TSRT", "TQOSRQOSRT")]
+    episodes = [episode(shape, "oslo") for shape in ("T", "TQOT", "TSRT", "TQOSRQOSRT", "TQOT")]
     parts = [METHODS["hybrid"].reward(e, QUESTION, group=episodes) for e in episodes]
-    metrics = step_metrics(episodes, parts, 4, 0.5)
-    assert [self_searches(e) for e in episodes] == [0, 1, 0, 2]
-    assert metrics["search_ratio/toy"] == metrics["self_search_ratio/toy"] == 0.5
-    assert metrics["tools/self_searches"] == metrics["tools/call_frequency"] == 0.75
-    assert [parse_episode(e).searched for e in episodes] == [False, False, True, True]
+    metrics = step_metrics(episodes, parts, 5, 0.5)
+    assert [self_searches(e) for e in episodes] == [0, 1, 0, 2, 1]
+    assert (metrics["search_ratio/toy"], metrics["self_search_ratio/toy"]) == (0.4, 0.6)
+    assert (metrics["tools/call_frequency"], metrics["tools/self_searches"]) == (0.6, 0.8)
+    assert [parse_episode(e).searched for e in episodes] == [False, False, True, True, False]
 
 
 def test_a_result_that_the_model_writes_is_a_mistake():
