@@ -66,7 +66,6 @@ RUNS = {
     "boundary, off half only labels": Row("sem", reward="boundary_on"),
     "IKEA": Row("sem", reward="ikea"),
     "hybrid": Row("hybrid", longer=2),
-    "hybrid, off half only labels": Row("hybrid", reward="boundary_on", longer=2),
 } | {
     f"{name}, {habit} base": Row("sem", reward, habit, flags)
     for habit in ("happy", "shy")
@@ -145,7 +144,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
     plain = {d for d in dialects if not d[1]}
     for group in plain, dialects - plain:  # those with a habit are made from the others
         places |= zip(group, pool.map(lambda d: world(out, *d, seed), group), strict=True)
-    home, files, rewards = places["sem", ""], {}, {}
+    home, files = places["sem", ""], {}
 
     def file(name: str) -> Path:
         files[name] = out / f"eval {name} {config.max_steps} {seed}.json"
@@ -161,38 +160,20 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         """Evaluates another use of the base model of SEM."""
         test(home / "model", home, file(name), "--method", "sem", *flags)
 
-    def grpo(name: str, model: Path, target: Path, *flags):
-        """Trains a model by the method of the row, unless that was done before."""
-        row = runs[name]
-        where = places[dialect(row.method), row.habit]
-        refuse_stale(target / "model.safetensors", where)
-        if not (target / "model.safetensors").exists():
-            shutil.rmtree(target, ignore_errors=True)
-            run("grpo.py", "--model", model, "--method", row.method, "--reward", row.reward,
-                "--train", ",".join(f"{where}/train/{source}.jsonl" for source in TRAIN_SETS),
-                "--corpus", where / "corpus.jsonl", "--output_dir", target, "--save_steps", 1000, "--no-bf16",
-                *TRAIN_FLAGS, *row.flags, *flags)  # fmt: skip
-
-    def own_reward(name: str, model: Path, target: Path) -> float:
-        """The mean reward of 1,024 sampled episodes. They come from a training with a learning rate of 0, on
-        another order of the questions, and without noise."""
-        grpo(name, model, target, "--seed", 1000 + seed, "--max_steps", 4, "--noise_end", 0,
-             "--learning_rate", 0, "--beta", 0)  # fmt: skip
-        lines = (target / "metrics.jsonl").read_text().splitlines()
-        return sum(json.loads(line)["reward"] for line in lines) / len(lines)
-
     def train(name: str):
-        """Trains the model of a row, and measures it."""
+        """Trains the model of a row, unless that was done before, and measures it."""
         row = runs[name]
         where = places[dialect(row.method), row.habit]
         target = out / f"run {name} {config.max_steps} {seed}"
-        grpo(name, where / "model", target, "--seed", seed, "--max_steps", row.longer * config.max_steps)
+        refuse_stale(target / "model.safetensors", where)
+        if not (target / "model.safetensors").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            run("grpo.py", "--model", where / "model", "--method", row.method, "--reward", row.reward,
+                "--train", ",".join(f"{where}/train/{source}.jsonl" for source in TRAIN_SETS),
+                "--corpus", where / "corpus.jsonl", "--output_dir", target, "--save_steps", 1000, "--no-bf16",
+                "--seed", seed, "--max_steps", row.longer * config.max_steps,
+                *TRAIN_FLAGS, *row.flags)  # fmt: skip
         test(target, where, file(name))
-        before = own_reward(name, where / "model", out / f"reward before {name} {seed}")
-        after = own_reward(name, target, out / f"reward {name} {config.max_steps} {seed}")
-        rewards[name] = {
-            kind: {"own reward": {"value": v}} for kind, v in (("before", before), ("after", after))
-        }
         if row.method == "ssrl":
             test(target, where, file("SSRL, real search"), "--real_searches", "all")
 
@@ -205,7 +186,7 @@ def seed_rows(out: Path, seed: int, config: Config, pool: ThreadPoolExecutor) ->
         job.result()
     for job in [pool.submit(train, name) for name in runs]:
         job.result()
-    rows = {name: figures(path) | rewards.get(name, {}) for name, path in files.items()}
+    rows = {name: figures(path) for name, path in files.items()}
     transcripts = (
         str(p.with_suffix("")) + "_transcripts.jsonl" for p in (train_file, files["base (prompted)"])
     )
@@ -238,7 +219,6 @@ TABLES = [  # columns: measure, kinds of question
     },
     {"searches": ("composed", "two_hop", "absent"), "self_sr": KINDS},
     {f"sr by right of {SAMPLES}": tuple(classes(SAMPLES))},  # of the kind between
-    {"own reward": ("before", "after")},  # of sampled episodes on the training questions
 ]
 
 
@@ -278,8 +258,7 @@ def main(config: Config):
         f"`python bench/methods.py --seeds {config.seeds}{' --others' * config.others}`: "
         f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. A cell is the mean over "
         f"the seeds, with the range in brackets. Sr by right of {SAMPLES}: the search ratio of questions of "
-        "the kind between, by how many closed-book samples of the trained model are right. Own reward: the "
-        "mean of 1,024 sampled episodes on the training questions; with boundary half of them have no engine."
+        "the kind between, by how many closed-book samples of the trained model are right."
     )
     results.write("methods", f"## The methods in the toy world\n\n{tables}\n\n{note}")
 
