@@ -75,7 +75,8 @@ REWARDS["boundary_on"] = Reward(boundary, fits, halves=True, trains_off=False)
 
 def check(config):
     """Raises InputError for settings that do not fit a reward whose groups have two halves."""
-    flag, size = f"--reward {config.reward}", config.num_generations
+    flag = f"--reward {config.reward}" if config.reward else f"--method {config.method}"
+    size = config.num_generations
     if size < 4 or size % 2:
         raise InputError(f"{flag}: --num_generations {size} must be even and at least 4, for two halves")
     if config.loss_type == "dr_grpo":

@@ -238,7 +238,7 @@ def check(config: Config, given: set[str] = frozenset()) -> Config:
         raise InputError(f"--baseline {config.baseline}: must be one of {', '.join(BASELINES)}, always")
     real = config.real_searches
     if real and not METHODS[config.method].template.self_search:
-        raise InputError(f"--real_searches {real}: only for a method that writes its own results (ssrl)")
+        raise InputError(f"--real_searches {real}: only for ssrl, whose model answers its own searches")
     if real and real not in ("all", "entropy") and not real.isdecimal():
         raise InputError(f"--real_searches {real}: must be a number, all or entropy")
     if config.knowledge_samples and config.baseline == "rag":

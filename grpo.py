@@ -10,7 +10,7 @@ There is no value model and no inference server. Files and checkpoints are in ru
 
     python grpo.py                                    # a toy world, on a CPU, in minutes
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct --train musique,mmlu --output_dir out/sem
-    python grpo.py --method search-r1                 # or ssrl, research, zerosearch
+    python grpo.py --method search-r1                 # or ssrl, research, zerosearch, hybrid
     python grpo.py --output_dir out/sem --resume      # continue from the newest complete checkpoint
     torchrun --nproc_per_node=8 grpo.py --model ...   # on eight GPUs
 """

@@ -1,19 +1,28 @@
-"""--method hybrid: the model looks a fact up in its own weights, or asks the search engine, as needed.
+"""--method hybrid: the model recalls a fact from its own weights, or asks the search engine, as needed.
 
-SSRL (arXiv 2508.10874) trains a model to search itself, SEM (arXiv 2505.07903) to search an engine only where
-it has to. Here one episode may do both, in any order. This method is ours; no paper is known to train it.
+A model may know two facts and still not be able to answer a question that needs both ("the home of the friend
+of N"). SEM (arXiv 2505.07903) has to search twice for it. SSRL (arXiv 2508.10874) looks both facts up in the
+model's own weights, but then has no engine for what the weights do not hold. Here one episode may do both, in
+any order, as often as it likes:
 
-    <think> .. </think>
-    <recall> query </recall> <memory> what the model writes itself </memory>     as often as it likes
-    <search> query </search> <result> what the engine finds </result>            costs, see boundary.py
-    <think> .. </think> <answer> .. </answer>
+    <think> home of the friend of N </think>
+    <recall> friend of N </recall> <memory> friend of N is M . </memory>      written by the model; free
+    <search> home of M </search> <result> home of M is oslo . </result>       by the engine; costs, see below
+    <think> home of M is oslo </think> <answer> oslo </answer>
 
-A memory is not trained on, as in SSRL: it is what the model believes, and training on it would teach it to
-believe whatever happened to earn a reward. There is no draft. The reward is that of boundary.py. It says
-whether a question needs the engine by half of each group that has none. That half can still recall, so what
-can be recalled counts as known.
+The method is ours: we found no paper that trains it. There is no draft. RL does not train on a memory, as in
+SSRL, so that a model does not learn to believe what happened to earn a reward; a cold start does, since it
+has to teach the form. Recalls are limited by --max_completion_length alone, not by --max_searches.
 
-    python grpo.py --method hybrid
+The reward is that of boundary.py. Half of each group is sampled without the engine. If at least half of these
+episodes are right, the question does not need it, and each search of the other half costs 0.05. That half can
+still recall, so what can be recalled counts as known. Groups must be even, of at least 4:
+
+    python grpo.py --method hybrid --max_steps 100                            # in the toy world
+    python grpo.py --method hybrid --num_generations 8 --model ...
+
+What to watch: search_ratio/composed should fall while self_search_ratio/composed rises, and
+search_ratio/unknown should come back after a fall at the start.
 """
 
 from __future__ import annotations

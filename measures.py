@@ -33,8 +33,9 @@ def is_right(episode: Episode) -> bool:
 
 def self_searches(episode: Episode) -> int:
     """How often the model asked itself: in hybrid's dialect with a tag of its own, in SSRL's with that of a
-    search."""
-    return parse_episode(episode).shape.count("S" if episode.template.self_search else "Q")
+    search that the engine did not answer."""
+    shape = parse_episode(episode).shape
+    return shape.count("S") - episode.searches if episode.template.self_search else shape.count("Q")
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -91,7 +92,7 @@ def step_metrics(episodes: list[Episode], parts: list[dict], group_size: int, ta
         metrics["sandbag_suspects"] = suspects / searched if searched else 0.0
     own_results = bool(episodes[0].template.own_result)  # not in call_frequency and search_ratio
     if own_results:
-        metrics["tools/self_searches"] = sum(self_searches(e) for e, _ in counted) / n
+        metrics["tools/self_searches"] = sum(map(self_searches, engine)) / max(1, len(engine))
     for source in sorted({e.question.source for e in engine}):
         of_source = [e for e in engine if e.question.source == source]
         metrics[f"search_ratio/{source}"] = mean(e.searches > 0 for e in of_source)

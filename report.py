@@ -31,11 +31,11 @@ the text below the figure. A figure is left out if no step has one of its metric
     sandbag_suspects | share of needless searches after a wrong draft
         Should not rise. A rise: the policy may write junk drafts in order to search. High in step 1: the
         drafts of the start model are bad, see the transcripts.
-    self_search_ratio/.* | share of episodes in which the model wrote a result itself
-        These do not count in the search ratio. At 0 the model answers at once, or asks the engine.
+    self_search_ratio/.* | share of episodes in which the model asked itself
+        These searches do not count in the search ratio. At 0 the model answers at once, or asks the engine.
     labels/nosearch/.* | boundary: share of questions that need no search
-        Should be near 1 for what the model knows, and near 0 for what it has to look up. 0 everywhere: the
-        half without the engine is never right, so no search costs anything.
+        Should be near 1 for what the model knows, and near 0 for what it has to look up. 0 everywhere: less
+        than half of that half is right, so a search costs only beyond the fewest that were needed.
     format|completions/clipped_ratio|tools/failure_frequency | share of episodes: valid, cut off, failed
         The format should soon be near 1, the others near 0. Clipped: the token budget is too small. Failed:
         the retriever was down. Whether it finds the right thing stands only in the transcripts.
@@ -61,7 +61,8 @@ from flags import Parser, fail
 FIGURES = re.findall(r"^    (\S+) \| (.+)\n((?: {8}.+\n)+)", __doc__ or "", re.MULTILINE)
 WRITERS = {"env": "search result", "own": "result that the model wrote itself", "forced": "forced tag"}
 LIMIT = 5_000_000  # bytes of the page
-RESULT = re.compile(r"(<(?:result|information|memory)>.*?(?:</(?:result|information|memory)>|\Z))", re.DOTALL)
+RESULT = "|".join(rf"<{tag}>.*?(?:</{tag}>|\Z)" for tag in ("result", "information", "memory"))
+RESULT = re.compile(f"({RESULT})", re.DOTALL)
 # What would vanish, break the page, or reorder the text after it: control characters, halves of surrogate
 # pairs (UTF-8 cannot write them), marks of the writing direction.
 UNSEEN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")

@@ -233,6 +233,10 @@ def parse_episode(episode: Episode) -> Parse:
                 # The token that ended the last tag may hold further text, which is no mistake.
                 leftover = replied and at == len(pieces) - 1
                 shape += "!" if piece.strip() and not leftover else ""
+            elif kind == t.memory:  # what stands in it is no block, as in rollout.mask_result
+                end = pieces.index(f"</{kind}>", at) if f"</{kind}>" in pieces[at:] else len(pieces)
+                shape += "O" if "".join(pieces[at + 1 : end]).strip() and end < len(pieces) else "!"
+                at = end
             elif pieces[at + 2 : at + 3] == [f"</{kind}>"] and (kind != t.result or t.self_search):
                 body = pieces[at + 1].strip()
                 shape += letters[kind] if body else "!"

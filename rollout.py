@@ -378,6 +378,8 @@ class SearchLoop:
         closing = f"</{t.search}>"
         before = detokenize(self.tokenizer, row.sampled).rpartition(closing)[0]
         _, earlier, before = before.rpartition(closing)  # SSRL: an earlier query, already answered
+        if t.memory:
+            before = before.rpartition(f"</{t.memory}>")[2]  # a memory holds no query
         _, opening, query = before.rpartition(f"<{t.search}>")
         segments = row.episode.segments
         if segments and segments[-1].kind == "forced" and not opening and not earlier:

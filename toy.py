@@ -15,7 +15,9 @@ With --between there are also questions of which the model is partly certain, se
 world of grpo.py has none.
 
 A method with another template (`--method`) gets a base model of its own, trained on the same facts in that
-dialect. Every base model also learns to answer without a tool, so that one can measure what it knows.
+dialect. In that of the hybrid it may also recall: what it recalls of known people is true, of others made up.
+With `--start` a world's base model is trained further, on transcripts that search more or less. Every base
+model also learns to answer without a tool, so that one can measure what it knows.
 
 The result is a directory of ordinary files, which grpo.py treats as it treats a 7B model and Wikipedia:
 
@@ -356,21 +358,22 @@ def exam(model, world: World, tokenizer, method: str, rows: int = 300) -> tuple[
             continue
         at = [i for i, token in enumerate(text) if token in values]  # of these the last is the answer
         if known & set(text) and friend not in text:
-            recalled.append(predicted[at[-1] - 1] == text[at[-1]])
+            recalled.append(predicted[at[0] - 1] == text[at[0]])  # of hybrid the memory, not its copy
         elif search in text and at:  # the last thought, since the answer only repeats it
             read.append(predicted[at[-2] - 1] == text[at[-2]])
     return sum(recalled) / len(recalled), sum(read) / len(read)
 
 
-def check_start(config: Config):
-    """Raises InputError if --start is not a world with the same people and tokenizer."""
-    stamp = Path(config.start) / "world.json"
-    if not stamp.exists():
-        raise InputError(f"--start {config.start}: not a toy world")
-    stored = json.loads(stamp.read_text())
-    for name in ("seed", "method", "between"):
-        if (value := stored.get(name, 0)) != getattr(config, name):
-            raise InputError(f"--start {config.start}: its --{name} is {value}")
+def check_start(start: str, settings: dict):
+    """Raises InputError if --start is not a world with the same people, tokenizer and size of the model."""
+    try:
+        stored = dict(json.loads((Path(start) / "world.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--start {start}: not a toy world") from error
+    for name in ("seed", "method", "between", "hidden_size", "layers", "template", "chat_template"):
+        if (value := stored.get(name)) != settings.get(name):
+            value = "another one" if "template" in name else value or 0
+            raise InputError(f"--start {start}: its {name} is {value}")
 
 
 def build(config: Config) -> Path:
@@ -386,13 +389,15 @@ def build(config: Config) -> Path:
         raise InputError(f"--between {config.between}: must be 0 or between {fewest} and {most}")
     if config.hidden_size < 8 or config.hidden_size % 8:
         raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 8, for four heads")
-    if config.start:
-        check_start(config)
     template = asdict(METHODS[config.method].template)  # a prompt with other words needs another base model
     settings = {**asdict(config), "output_dir": "", "template": template, "chat_template": CHAT_TEMPLATE}
     for name in ("between", "start"):  # without them it is the world that it was before they existed
         if not settings[name]:
             del settings[name]
+    if config.start:
+        if Path(config.start).resolve() == out.resolve():
+            raise InputError(f"--start {config.start}: it is the --output_dir")
+        check_start(config.start, settings)
     settings = json.dumps(settings, indent=1)
     stamp = out / "world.json"  # it is written last, so where it exists the world is complete
     if stamp.exists() and stamp.read_text() == settings:

@@ -4,10 +4,11 @@
     python bench/methods.py --others             # also ReSearch, ZeroSearch and SSRL
 
 The world is that of `toy.py --between`, which also has questions of which the base model is partly certain. A
-row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ. All
-rewards of the papers start from the same base model, in the dialect of SEM; those of the "happy" and the
-"shy" rows come from it by further training on transcripts that search more or less. The hybrid has a dialect,
-and so a base model, of its own, and twice as many steps. What exists in --output_dir is not made again, so a
+row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ. The
+rewards start from the same base model, in the dialect of SEM; those of the "happy" and the "shy" rows come
+from it by further training on transcripts that search more or less. The hybrid has a dialect of its own, and
+so another base model, of 1,600 steps or more, and twice as many steps of RL. (With --others the three other
+methods have base models too.) What exists in --output_dir is not made again, so a
 stopped program goes on. If it is older than its world, it is an error.
 """
 
@@ -255,10 +256,10 @@ def main(config: Config):
     print(tables)
     version = torch.__version__.partition("+")[0]
     note = (
-        f"`python bench/methods.py --seeds {config.seeds}{' --others' * config.others}`: "
-        f"{config.max_steps} steps, {os.cpu_count()} CPU cores, torch {version}. A cell is the mean over "
-        f"the seeds, with the range in brackets. Sr by right of {SAMPLES}: the search ratio of questions of "
-        "the kind between, by how many closed-book samples of the trained model are right."
+        f"`python bench/methods.py --seeds {config.seeds}{' --others' * config.others}`: {config.max_steps} "
+        f"steps of RL, {2 * config.max_steps} for the hybrid, {os.cpu_count()} CPU cores, torch {version}. A "
+        f"cell is the mean over the seeds, with the range in brackets. Sr by right of {SAMPLES}: the search "
+        "ratio of questions of the kind between, by how many closed-book samples are right."
     )
     results.write("methods", f"## The methods in the toy world\n\n{tables}\n\n{note}")
 

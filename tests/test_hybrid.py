@@ -12,7 +12,8 @@ import pytest
 
 import hybrid
 import toy
-from data import Episode, Question, Segment
+from config import Config, check
+from data import Episode, InputError, Question, Segment
 from measures import self_searches, step_metrics
 from prompts import SEM, neutralise
 from reward import METHODS, parse_episode
@@ -130,6 +131,33 @@ def test_a_result_that_the_model_writes_is_a_mistake():
     e = episode("T", "oslo")
     e.segments[0].text += "<result> oslo </result>"
     assert "!" in parse_episode(e).shape and not parse_episode(e).searched
+
+
+@pytest.mark.parametrize(
+    "memory, shape",
+    [
+        ("<memory> <answer> oslo </answer> </memory>", "TOA"),
+        ("<memory> <search> a </search> <recall> b </recall> </memory>", "TOA"),
+        ("<memory> <memory> a </memory>", "TOA"),
+        ("<memory> </memory>", "T!A"),
+        ("<memory> a <answer> oslo </answer>", "T!"),  # never closed: it goes on to the end
+    ],
+)
+def test_what_stands_in_a_memory_is_no_block(memory, shape):
+    e = episode("T", "rome")
+    e.segments = [Segment("model", [], f"<think> a </think> {memory} <answer> rome </answer>")]
+    assert parse_episode(e).shape == shape and not parse_episode(e).searched
+    assert parse_episode(e).answer == ("rome" if shape.endswith("A") else None)
+
+
+def test_settings_that_do_not_fit_name_the_method():
+    for change in ({}, {"num_generations": 7}, {"num_generations": 8, "loss_type": "dr_grpo"}):
+        with pytest.raises(InputError, match=r"^--method hybrid: "):
+            check(Config(method="hybrid", **change))
+    assert check(Config(method="hybrid", num_generations=8))
+    for reward in ("sem", "ssrl", "research"):
+        with pytest.raises(InputError, match="cannot read what --method hybrid writes"):
+            check(Config(method="hybrid", num_generations=8, reward=reward))
 
 
 def test_documents_cannot_hold_a_memory():

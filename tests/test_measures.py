@@ -28,6 +28,7 @@ from measures import (
     measure,
     report,
     sandbag_suspects,
+    self_searches,
     step_metrics,
     summary,
     wilson,
@@ -201,6 +202,7 @@ def test_searches_that_the_model_answers_itself_are_counted_apart():
     group.append(dialogue("T S I T S I T S", "search_failed", GOLD, SSRL))
     assert without_failures(metrics_of([group], REWARDS["ssrl"])) == without_failures(metrics)
     assert "tools/self_searches" not in metrics_of(two_groups())
+    assert self_searches(dialogue("T S R T S I T right", "eos", GOLD, SSRL)) == 1  # the engine answered one
 
 
 # ------------------------------------------------------------------------------------------------------------

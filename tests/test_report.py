@@ -194,7 +194,8 @@ def test_results_that_a_model_wrote_itself(text, mask, pieces):
 def test_the_result_tags_of_all_methods_are_found():
     for method in METHODS.values():
         tag = method.template.own_result or method.template.result
-        assert report.RESULT.fullmatch(f"<{tag}>x</{tag}>")
+        assert report.RESULT.fullmatch(f"<{tag}>x</other></{tag}>")
+    assert report.RESULT.match("<memory>x</result>y</memory>").end() == 28
 
 
 def test_an_episode_whose_search_failed_is_not_trained_on(made):

@@ -245,8 +245,20 @@ def test_a_world_that_starts_from_another_trains_its_model_further(monkeypatch, 
     for one, two in zip(*(model.parameters() for model in trained), strict=True):
         assert torch.equal(one, two)
     assert "start" not in (tmp_path / "a" / "world.json").read_text()
-    for change, reason in (({"seed": 1}, "its --seed is 0"), ({"between": 96}, "its --between is 0"),
-                           ({"start": str(tmp_path)}, "not a toy world")):  # fmt: skip
+    for i, content in enumerate(("[1]", "{", '"a"')):
+        (tmp_path / f"damaged{i}").mkdir()
+        (tmp_path / f"damaged{i}" / "world.json").write_text(content)
+    for change, reason in (
+        ({"seed": 1}, "its seed is 0"),
+        ({"between": 96}, "its between is 0"),
+        ({"layers": 2}, "its layers is 3"),
+        ({"method": "search-r1"}, "its method is sem"),
+        ({"start": str(tmp_path / "c")}, "it is the --output_dir"),
+        *(
+            ({"start": str(tmp_path / name)}, "not a toy world")
+            for name in ("damaged0", "damaged1", "damaged2", "d")
+        ),
+    ):
         with pytest.raises(InputError, match=reason):
             toy.build(replace(second, output_dir=str(tmp_path / "c"), **change))
     assert len(trained) == 2 and not (tmp_path / "c").exists()
