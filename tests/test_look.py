@@ -117,10 +117,11 @@ def test_seeds_and_temperatures(flags, capsys):
     assert ids(seed=1, temperature=0.3) != ids(seed=1, temperature=3.0)
 
 
-def test_the_mask_of_results_that_the_model_wrote_itself(parts):
-    """Found in the whole text, it is what the sampler found token by token."""
+@pytest.mark.parametrize("template", [replace(SEM, self_search=True), replace(SEM, memory="think")])
+def test_the_mask_of_results_that_the_model_wrote_itself(parts, template):
+    """Found in the whole text, it is what the sampler found token by token. (No tokenizer of these tests has a
+    token for the tag of a memory, so a thought takes its place.)"""
     model, tokenizer = parts
-    template = replace(SEM, self_search=True)
     questions = [Question(str(i), f"who is w{i}", ["x"], "known") for i in range(30)]
     episodes = rollout(model, tokenizer, template, questions, max_completion_length=40)
     assert sum(not all(e.loss_mask) for e in episodes) >= 5
