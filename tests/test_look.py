@@ -119,8 +119,8 @@ def test_seeds_and_temperatures(flags, capsys):
 
 @pytest.mark.parametrize("template", [replace(SEM, self_search=True), replace(SEM, memory="think")])
 def test_the_mask_of_results_that_the_model_wrote_itself(parts, template):
-    """Found in the whole text, it is what the sampler found token by token. (No tokenizer of these tests has a
-    token for the tag of a memory, so a thought takes its place.)"""
+    """Found in the whole text, it is what the sampler found token by token. (The world has no token for the
+    tag of a memory, so a thought takes its place.)"""
     model, tokenizer = parts
     questions = [Question(str(i), f"who is w{i}", ["x"], "known") for i in range(30)]
     episodes = rollout(model, tokenizer, template, questions, max_completion_length=40)
