@@ -931,6 +931,15 @@ def test_memories_and_results_of_the_engine_in_any_order(script, name):
     assert sorted({query for call in shelf.calls for query in call}) == ["q1", "q2"]
 
 
+def test_a_query_does_not_begin_in_a_memory(script):
+    tokenizer, shelf = pieces(), Shelf()
+    text = "<think>a</think><recall>b</recall><memory>c <search> d</memory> e</search>"
+    script([tokenizer(text).input_ids], tokenizer.eos_token_id)
+    model = build("llama", tokenizer, context=4096, hidden=16)
+    [e] = rollout(model, tokenizer, HYBRID, questions(1), retriever=shelf)
+    assert (shelf.calls, e.stop, e.searches) == ([], "bad_query", 0)
+
+
 def by_token(e):
     return list(zip([s for s in e.segments for _ in s.ids], e.loss_mask, strict=True))
 
