@@ -119,8 +119,9 @@ def test_a_search_costs_only_where_the_half_without_the_engine_can_recall():
 
 def test_searches_and_self_searches_are_counted_apart():
     episodes = [episode(shape, "oslo") for shape in ("T", "TQOT", "TSRT", "TQOSRQOSRT", "TQOT")]
-    parts = [METHODS["hybrid"].reward(e, QUESTION, group=episodes) for e in episodes]
-    metrics = step_metrics(episodes, parts, 5, 0.5)
+    off = [episode("TQOQOT", "oslo", engine=False) for _ in episodes]  # these are in no such figure
+    parts = [METHODS["hybrid"].reward(e, QUESTION, group=off + episodes) for e in off + episodes]
+    metrics = step_metrics(off + episodes, parts, 5, 0.5)
     assert [self_searches(e) for e in episodes] == [0, 1, 0, 2, 1]
     assert (metrics["search_ratio/toy"], metrics["self_search_ratio/toy"]) == (0.4, 0.6)
     assert (metrics["tools/call_frequency"], metrics["tools/self_searches"]) == (0.6, 0.8)
