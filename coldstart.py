@@ -135,8 +135,7 @@ def advice(figures: dict[str, float | None]) -> list[str]:
         why = f"reading {reading:.2f} is low, so RL may teach the model never to search"
         lines.append(f"{why}: give more questions in --train, or fewer or shorter documents")
     for name in ("known", "unknown"):
-        share = figures[f"SR {name}, sampled"]
-        if share is not None and not SEARCH[0] <= share <= SEARCH[1]:
+        if (share := figures[f"SR {name}, sampled"]) is not None and not SEARCH[0] <= share <= SEARCH[1]:
             lines.append(f"{share:.2f} of the {name} questions are searched: change --search_{name}")
     return lines
 
@@ -161,8 +160,7 @@ def check(config: Config):
 def main(config: Config):
     check(config)
     out, template = Path(config.output_dir), METHODS[config.method].template
-    specs = {flag: getattr(config, flag) for flag in ("train", "inject", "decoys")}
-    groups = load_questions(specs, config.seed)
+    groups = load_questions({f: getattr(config, f) for f in ("train", "inject", "decoys")}, config.seed)
     retriever = open_retriever(config, {"train": config.train})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.bf16 else torch.float32
