@@ -30,9 +30,7 @@ class Config:
     choice. All methods have the same defaults, so that two runs differ in the method alone."""
 
     # what is trained, how, on what
-    method: str = (
-        "sem"  # sem, ssrl, search-r1, research, zerosearch, hybrid: prompt, reward, source of results
-    )
+    method: str = "sem"  # sem, ssrl, search-r1, research, zerosearch or hybrid: prompt, tags, reward
     reward: str = ""  # in place of the method's reward: otc, flat, ikea, boundary, boundary_on, ...
     model: str = ""  # hub id or directory of the start model; none: the toy world (SEM: Qwen2.5-7B-Instruct)
     train: str = "musique,mmlu"  # data sets in equal shares: name (hub), name:path, or a JSONL path (SEM)

@@ -131,7 +131,6 @@ class Record:
     f1: float
     searches: int
     tokens: int  # policy tokens
-    self_searches: int | None = None  # queries to itself; None: the method has none
     draft: bool | None = None  # the first answer has F1 >= tau; None: the method has no drafts
     known: bool | None = None  # right in the closed-book pass, see prompts.DIRECT
     known_base: bool | None = None  # right closed-book for the base model, by the eval.json of --known
@@ -139,6 +138,7 @@ class Record:
     judged: bool | None = None  # right for the judge; None also where the judge gave no verdict
     sampled: list[bool] | None = None  # right, for each sampled episode
     closed_book: list[bool] | None = None  # the same in the closed-book prompt, see knowledge.py
+    self_searches: int | None = None  # queries to itself; None: the method has none
 
     @property
     def searched(self) -> bool:

@@ -275,6 +275,7 @@ EXPECTED_SHARES = {  # measure: the rows that it is about, and those of them tha
     "em": (range(12), [0, 1, 2, 3, 5, 6, 10]),
     "lj": ([i for i in range(12) if i != 10], [0, 1, 2, 3, 5, 6, 11]),
     "sr": (range(12), [3, 4, 5, 6, 7, 10]),
+    "self_sr": (range(4), [1, 3]),
     "known": (range(12), [0, 3, 4, 5, 9]),
     "over_search": ([0, 3, 4, 5, 9], [3, 4, 5]),
     "over_search_base": ([0, 1, 2, 5, 6], [5, 6]),
@@ -310,6 +311,7 @@ def records() -> list[Record]:
         row = Record(str(i), final == "right", score, searches, 10 * i, draft_is_right)
         row.known, row.known_base, row.forced, row.judged = known, base, forced, judged
         row.sampled = [member < c for member in range(4)]
+        row.self_searches = [0, 1, 0, 2][i] if i < 4 else None
         rows.append(row)
     return rows
 
