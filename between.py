@@ -21,7 +21,7 @@ If the model is right with a probability of 0.5 at once and of 0.6 after a searc
 
 (otc and flat do not read the draft, so an honest and a junk draft earn the same.)
 
-    world = World.make(seed, between=96)       # toy.py calls `add_people`
+    world = World.make(seed, between=72)       # toy.py calls `add_people`
     half_known(model, world, template, tokenizer)
 """
 

@@ -87,7 +87,7 @@ class Config:
     search_unknown: float = 0.85  # share of unknown transcripts that search
     closed_book: float = 0.1  # share of transcripts without a tool: question, answer
     start: str = ""  # a toy world of the same seed and dialect: its model is trained further, on other habits
-    between: int = 0  # people whose two facts the model shall half know, such as 96, see between.py; 0: none
+    between: int = 0  # people whose two facts the model shall half know, such as 72, see between.py; 0: none
 
 
 @dataclass
