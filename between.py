@@ -7,7 +7,7 @@ rewards disagree.
     between    facts that the base model half knows. In its training texts such a fact has its true value half
                of the time, and otherwise one other value, which is always the same. N people have two such
                facts each. After training, those facts are kept that the model gives with a probability of
-               0.25 to 0.75, closed-book and in a draft; about as many are dropped. For 35 % of the facts the
+               0.25 to 0.75, closed-book and in a draft; the others are dropped. For 35 % of the facts the
                corpus lacks the answer. Which ones is fixed: if it were up to chance at each call, it would
                pay to ask again
     absent     facts that neither the model nor the corpus holds

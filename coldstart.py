@@ -8,6 +8,7 @@ episodes as `rollout` makes them: the same segments, each tokenised on its own, 
 
     question          the user's turn, under the prompt of the method
     draft             the model's own closed-book answer, greedy. If it is right, the question is *known*
+    recall, memory    in half of the transcripts of the hybrid: the question, and the draft
     search            in a share of the known and a larger share of the unknown questions. The query is the
                       question, or the steps of MuSiQue's own decomposition
     result            what the retriever returns for the query, cut as in a rollout, and not trained on

@@ -8,8 +8,8 @@ row is a model and a way to use it. A cell is the mean over the seeds, and their
 rewards start from the same base model, in the dialect of SEM; those of the "happy" and the "shy" rows come
 from it by further training on transcripts that search more or less. The hybrid has a dialect of its own, and
 so another base model, of 1,600 steps or more, and twice as many steps of RL. (With --others the three other
-methods have base models too.) What exists in --output_dir is not made again, so a
-stopped program goes on. If it is older than its world, it is an error.
+methods have base models too.) What exists in --output_dir is not made again, so a stopped program goes on. If
+it is older than its world, it is an error.
 """
 
 import json
@@ -34,9 +34,7 @@ from reward import dialect
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = "known_heldout", "composed", "between", "unknown", "two_hop", "absent", "arithmetic"
 PEOPLE = 72  # whose facts the base models half know, see between.py
-CLOSED_BOOK = (
-    0.15  # share of the base models' transcripts without a tool; fewer leave too few half-known facts
-)
+CLOSED_BOOK = 0.15  # share of transcripts without a tool; with fewer, too few facts are half known
 SAMPLES = 8  # of each question in the closed-book prompt, see knowledge.py
 
 
