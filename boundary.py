@@ -69,8 +69,8 @@ def fits(template) -> bool:
     return not template.self_search  # a policy that writes its own results needs no engine
 
 
-REWARDS["boundary"] = Reward(boundary, fits, halves=True)
-REWARDS["boundary_on"] = Reward(boundary, fits, halves=True, trains_off=False)
+REWARDS["boundary"] = Reward(boundary, fits, priced=True, halves=True)
+REWARDS["boundary_on"] = Reward(boundary, fits, priced=True, halves=True, trains_off=False)
 
 
 def check(config):

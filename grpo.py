@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import kernels
+from alarms import Alarms, tag_probability
 from boundary import label_shares
 from config import LOSS_TYPES, TOY, Config, fail, parse
 from data import Episode, InputError, mix
@@ -283,6 +284,9 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
     advantage = advantages(rewards, mask, config.loss_type).flatten().tolist()
 
     metrics = step_metrics(episodes, parts, compared, config.tau) | label_shares(episodes, parts) | counts
+    metrics |= tag_probability(
+        [e for e, rewarded in zip(episodes, counted, strict=True) if rewarded], run.tokenizer
+    )
     trains_off = run.reward.trains_off
     trained = [i for i, e in enumerate(episodes) if counted[i] and (e.engine or trains_off)]
     batches = make_batches(
@@ -312,6 +316,7 @@ def train(run: Run) -> int:
     config = run.config
     bar = tqdm(total=config.max_steps, initial=run.step, desc="grpo", file=sys.stderr)
     without_gradient = without_retriever = 0  # numbers of consecutive steps
+    alarms = Alarms(run.reward.priced, run.past_metrics())
     with bar, Signals(run.world) as signals:
         try:
             while run.step < config.max_steps:
@@ -328,7 +333,12 @@ def train(run: Run) -> int:
                 if without_retriever == 3:
                     why = "training on the rest would be closed-book"
                     raise InputError(f"most searches failed in three steps in a row; {why}")
-                without_gradient = without_gradient + 1 if warn(metrics, run.step) else 0
+                for line in alarms(metrics):
+                    tqdm.write(f"alarm in step {run.step}: {line}")
+                finite = math.isfinite(metrics.get("grad_norm", math.nan))
+                without_gradient = 0 if finite else without_gradient + 1
+                if not finite:
+                    tqdm.write("warning: no finite gradient; the weights were left as they are")
                 if without_gradient == 10:
                     raise InputError(f"step {run.step}: no finite gradient ten times in a row")
                 if run.step % config.save_steps == 0 or run.step == config.max_steps:
@@ -354,26 +364,6 @@ def train(run: Run) -> int:
             tqdm.write(f"stopped after step {run.step}: continue with --output_dir {run.out} --resume")
             return 130
     return 0
-
-
-def warn(metrics: dict, step: int) -> bool:
-    """Warns of a step that taught little or nothing, and in the first five steps of a start model from which
-    RL cannot learn. Returns whether the step had no finite gradient."""
-    if step <= 5 and metrics.get("format") == 0:
-        tqdm.write("warning: no episode has a valid structure, so none earns a reward; see coldstart.py")
-    for name in (n for n, em in metrics.items() if step <= 5 and n.startswith("em_searched/") and em < 0.05):
-        what = f"{metrics[name]:.2f} of the episodes of {name.partition('/')[2]} that search are right"
-        tqdm.write(
-            f"warning: {what}: a policy that cannot read results may learn not to search; see coldstart.py"
-        )
-    if metrics["completions/clipped_ratio"] > 0.5:
-        tqdm.write("warning: more than half of the episodes ran out of tokens; raise --max_completion_length")
-    if metrics["frac_reward_zero_std"] == 1:
-        tqdm.write("warning: all rewards are equal in every group; this step has no policy gradient")
-    if not math.isfinite(metrics.get("grad_norm", math.nan)):
-        tqdm.write("warning: no finite gradient; the weights were left as they are")
-        return True
-    return False
 
 
 def main(config: Config, given: set[str], world: World = ALONE) -> int:

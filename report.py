@@ -26,6 +26,8 @@ the text below the figure. A figure is left out if no step has one of its metric
     entropy | entropy, nats per token
         Should fall slowly. Almost 0 after a few steps: the episodes of a group are all alike, and little is
         left to learn from. A steady climb: the text is falling apart.
+    tag_probability | mean probability of the tokens of the tags
+        Should stay, or rise to 1. A fall: the policy forgets its dialect.
     kl | KL to the start model, nats per token
         Should start at 0 and grow slowly. A jump: a step was too large (learning rate), or the text broke.
     sandbag_suspects | share of needless searches after a wrong draft
@@ -43,6 +45,8 @@ the text below the figure. A figure is left out if no step has one of its metric
         Should be flat: about 1e-6 in fp32, on average about 0.01 in bf16. 0.1 or a climb: the two do not
         compute the same, or tokens are trained on that the policy did not choose; see look.py.
 
+Above the figures are the alarms of the run (alarms.py), computed from metrics.jsonl.
+
 Not here: how the figures are computed (measures.py, grpo.update), and how the logs are written (disk.py)."""
 
 import base64
@@ -54,6 +58,8 @@ from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
+from alarms import Alarms
+from config import METHODS, REWARDS
 from data import InputError
 from disk import read_lines
 from flags import Parser, fail
@@ -142,6 +148,27 @@ def figure(rows: list[dict], metrics: str, label: str, note: str) -> str:
     page = f"""<figure><h3>{label}</h3><svg viewBox="0 0 360 198" role="img" aria-label="{label}">{drawn}
         <text x="199" y="194" text-anchor="middle">step</text></svg><p>{legend}</p><i>{note}</i></figure>"""
     return page if lines else ""
+
+
+def alarm_lines(rows: list[dict], out: Path) -> str:
+    """The alarms of the run, with the step in which each was given."""
+    alarms, lines = Alarms(is_priced(out)), []
+    for row in rows:
+        metrics = {name: value for name in row if (value := number(row[name])) is not None}
+        lines += [
+            f'<p><b class="down">alarm in step {row["step"]:g}</b> {escape(x)}</p>' for x in alarms(metrics)
+        ]
+    return "".join(lines) or "<p>No alarm was given (alarms.py).</p>"
+
+
+def is_priced(out: Path) -> bool:
+    """Whether the reward of the run is one of ours and can make a search cost something."""
+    try:
+        settings = json.loads((out / "run.json").read_bytes())
+        method, name = settings["method"], settings["reward"]
+        return (REWARDS[name] if name else METHODS[method].reward).priced
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def evaluation(out: Path) -> str:
@@ -243,7 +270,8 @@ def page(out: Path) -> str:
 <style>{STYLE}</style></head><body><h1>{name}</h1>
 <p>Last step: {rows[-1]["step"]:g}. Lines of the logs that could not be read: {lost + unread}.</p>
 <details><summary>settings</summary><div class="text">{settings}</div></details>
-<h2>Training</h2><div class="charts">{figures}</div><h2>Evaluation</h2>{evaluation(out)}
+<h2>Training</h2>{alarm_lines(rows, out)}<div class="charts">{figures}</div>
+<h2>Evaluation</h2>{evaluation(out)}
 <h2>Transcripts</h2><p>{len(episodes)} of {total} episodes. The bar is an episode from left to right; green
 tokens are trained on. <b class="piece model">model</b> <b class="piece env">search result</b>
 <b class="piece own">result that the model wrote itself</b> <b class="piece">reminder, forced tag</b></p>

@@ -447,21 +447,23 @@ class Reward:
     fits: Callable[[Template], bool] = lambda template: True  # whether the reward can read this dialect
     halves: bool = False  # half of each group is sampled without the search engine, see boundary.py
     trains_off: bool = True  # that half is trained on too
+    priced: bool = False  # a search can cost something, see alarms.py
 
     def __call__(self, episode: Episode, question: Question, **options) -> dict[str, float]:
         return self.function(episode, question, **options)
 
 
 REWARDS = {  # --reward
-    "sem": Reward(sem, fits=lambda template: template.draft),
+    "sem": Reward(sem, fits=lambda template: template.draft, priced=True),
     "search-r1": Reward(search_r1),
     "zerosearch": Reward(zerosearch),
     "research": Reward(research, fits=lambda template: template.boxed),
     "research_paper": Reward(research_paper, fits=lambda template: template.boxed),
     "ssrl": Reward(ssrl, fits=lambda template: template.self_search),
-    "otc": Reward(otc, fits=lambda template: not template.self_search),  # self-searches are not counted
-    "flat": Reward(flat, fits=lambda template: not template.self_search),
-    "ikea": Reward(ikea, fits=lambda template: not template.self_search),
+    # what follows does not count self-searches
+    "otc": Reward(otc, fits=lambda template: not template.self_search, priced=True),
+    "flat": Reward(flat, fits=lambda template: not template.self_search, priced=True),
+    "ikea": Reward(ikea, fits=lambda template: not template.self_search, priced=True),
 }
 
 

@@ -54,7 +54,16 @@ import toy
 from cache import context_length, kv_bytes
 from config import LORA, TOY, TOY_LORA, Config, check, check_writable
 from data import Episode, InputError, Question, load_sets
-from disk import append_rows, checkpoints, drop_later_rows, flush, flush_names, replace_bytes, write_model
+from disk import (
+    append_rows,
+    checkpoints,
+    drop_later_rows,
+    flush,
+    flush_names,
+    read_lines,
+    replace_bytes,
+    write_model,
+)
 from evaluate import check_answered, evaluate
 from lora import add_adapters, load_adapter, merge, save_adapter
 from measures import markdown, summary
@@ -385,6 +394,11 @@ class Run:
         self.step += 1
         self.append("transcripts.jsonl", self.transcripts(episodes, parts, advantage))
         self.append("metrics.jsonl", [{"step": self.step, **metrics}])
+
+    def past_metrics(self) -> list[dict]:
+        """The metrics of the steps that a resumed run has behind it."""
+        path = self.out / "metrics.jsonl"
+        return [row for _, row in read_lines(path)] if self.step and path.exists() else []
 
     def append(self, name: str, rows: list[dict]):
         if not self.writes:

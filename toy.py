@@ -78,9 +78,9 @@ class Config:
     output_dir: str = "out/toy-world"  # where the world is written
     method: str = "sem"  # the dialect of the transcripts: sem, ssrl, search-r1, research or hybrid
     seed: int = 0  # of names, facts, transcripts and weights
-    steps: int = 800  # training steps of the base model; twice or three times as many if it cannot read yet
-    batch_size: int = 64  # transcripts a step
-    learning_rate: float = 3e-3  # its peak, after 100 steps of warm-up; then a cosine down to a tenth
+    steps: int = 600  # training steps of the base model; twice or three times as many if it cannot read yet
+    batch_size: int = 32  # transcripts a step
+    learning_rate: float = 3e-3  # its peak, after 50 steps of warm-up; then a cosine down to a tenth
     hidden_size: int = 96  # width of the model
     layers: int = 3  # depth: to copy from a result takes two layers, to compare names one more
     search_known: float = 0.6  # share of transcripts about sums and known people that search
@@ -321,6 +321,7 @@ def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
             tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            initializer_range=0.05,  # with 0.02, made for wider models, it learns to read much later
         )
     )
 
@@ -329,7 +330,7 @@ def train(model, world: World, rng: random.Random, config: Config, tokenizer):
     """Trains on every token of the transcripts; those of results are included, because they teach copying."""
     rows = ((t, [True] * len(t)) for t in iter(lambda: transcript(world, rng, config, tokenizer), None))
     batches = (list(islice(rows, config.batch_size)) for _ in range(config.steps))
-    fit(model, batches, config.steps, config.learning_rate, 100, "toy base model")
+    fit(model, batches, config.steps, config.learning_rate, 50, "toy base model")
     model.cpu()
 
 

@@ -753,27 +753,3 @@ def test_ten_steps_without_a_finite_gradient_stop_the_run(world, monkeypatch, no
         assert (Path(world["output_dir"]) / "checkpoint-10" / "trainer_state.json").exists()
     else:
         assert run_main(flags) == 0
-
-
-@pytest.mark.parametrize(
-    "figures, warning",
-    [
-        ({}, None),
-        ({"format": 0.0}, "no episode has a valid structure, so none earns a reward; see coldstart.py"),
-        ({"format": 0.01}, None),
-        ({"em_searched/nq": 0.04}, "0.04 of the episodes of nq that search are right"),
-        ({"em_searched/nq": 0.05, "em/nq": 0.0}, None),
-        ({"completions/clipped_ratio": 0.6}, "raise --max_completion_length"),
-        ({"completions/clipped_ratio": 0.5}, None),
-        ({"frac_reward_zero_std": 1.0}, "no policy gradient"),
-        ({"frac_reward_zero_std": 0.9}, None),
-        ({"grad_norm": math.inf}, "no finite gradient"),
-    ],
-)
-def test_a_step_that_teaches_little_is_warned_of(capsys, figures, warning):
-    assert grpo.warn(GOOD_STEP | figures, 5) == ("grad_norm" in figures)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == (warning is not None) and all(warning in line for line in lines)
-    grpo.warn(GOOD_STEP | figures, 6)  # the start model is judged by the first five steps
-    early = figures.keys() & {"format", "em_searched/nq"}
-    assert capsys.readouterr().out.splitlines() == ([] if early else lines)

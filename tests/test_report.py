@@ -144,7 +144,7 @@ def test_the_page_loads_nothing_and_fits_a_phone(made):
 
 
 def test_every_figure_has_its_text():
-    assert len(report.FIGURES) == 11
+    assert len(report.FIGURES) == 12
     assert all(note.strip() and report.escape(label) == label for _, label, note in report.FIGURES)
 
 

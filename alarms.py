@@ -1,0 +1,120 @@
+"""Some ways in which a run goes wrong. An alarm is one line, with what is wrong, a figure that shows it, and
+what to try. grpo.py prints it when it is given for the first time in a run, report.py above the curves.
+
+    alarms = Alarms(priced=True)
+    alarms(metrics)               # after each step: ["the entropy has risen from 0.14 to 0.24 nats: ..."]
+
+The thresholds are ours. Runs that went well stayed away from them (bench/RESULTS.md). They apply to means
+over three steps, because single steps are noisy. An alarm is a reason to look, not to stop the run. Not here:
+what does stop it, such as a retriever that is down (grpo.train).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from data import Episode
+from reward import tag_pattern
+
+WINDOW = 3  # steps
+
+
+class Alarms:
+    """The alarms of a run, each given once. `priced` says that with this reward a search can lower what an
+    episode earns. `past` are the metrics of the steps before, whose alarms are not given again."""
+
+    def __init__(self, priced: bool, past: Iterable[dict] = ()):
+        self.priced, self.history, self.given = priced, [], set()
+        for metrics in past:
+            self(metrics)
+
+    def __call__(self, metrics: dict) -> list[str]:
+        """The new alarms after the step with these metrics, one line each. A step in which every search
+        failed has no reward, so it is passed over."""
+        if metrics.get("tools/failure_frequency") == 1:
+            return []
+        self.history.append(metrics)
+        new = {name: line for name, line in diagnose(self.history, self.priced) if name not in self.given}
+        self.given |= set(new)
+        return list(new.values())
+
+
+def diagnose(history: list[dict], priced: bool) -> Iterator[tuple[str, str]]:
+    """Yields (name, line) for all that is wrong after these steps, the first steps of a run. It is read from
+    means over the last three. To see a rise or a fall they are compared with the first three, so six steps
+    are needed. No alarm is given about a metric that is missing in one of these steps."""
+
+    def first(name: str) -> float:
+        return average(history[:WINDOW], name)
+
+    def last(name: str) -> float:
+        return average(history[-WINDOW:], name) if len(history) >= WINDOW else math.nan
+
+    def later(name: str) -> float:
+        return last(name) if len(history) >= 2 * WINDOW else math.nan
+
+    def change(name: str) -> str:
+        return f"from {first(name):.2f} to {last(name):.2f}"
+
+    answers = [value for row in history[-WINDOW:] for name, value in row.items() if name.startswith("em/")]
+    right = sum(answers) / len(answers) if answers else math.nan
+    if last("format") < 0.05:
+        share = f"{last('format'):.2f} of the episodes have a valid structure"
+        yield "format", f"{share}: the model does not know the dialect; see coldstart.py"
+    if last("completions/clipped_ratio") > 0.5:
+        share = f"{last('completions/clipped_ratio'):.2f} of the episodes run out of tokens"
+        yield "clipped", f"{share}: try a larger --max_completion_length"
+    if last("frac_reward_zero_std") > 0.95 and right < 0.9:  # nothing is wrong where all answers are right
+        share = f"all rewards are equal in {last('frac_reward_zero_std'):.2f} of the groups"
+        where = f"with a mean reward of {last('reward'):.2f} and {right:.2f} right answers"
+        yield "equal", f"{share}, {where}: little is learned; see the rewards in transcripts.jsonl"
+    if later("reward") < first("reward") - 0.15:
+        what = f"the reward, which should rise, has fallen {change('reward')}"
+        yield "reward", f"{what}: try a lower --learning_rate; with a reward of your own, check its sign"
+    if later("entropy") > 1.6 * first("entropy"):
+        what = f"the entropy has risen {change('entropy')} nats: the text is falling apart"
+        yield "entropy rises", f"{what}; try a lower --learning_rate or a larger --beta"
+    if later("entropy") < 0.1 * first("entropy") and right < 0.9:
+        what = f"the entropy has fallen {change('entropy')} nats: the episodes of a group are alike"
+        yield "entropy falls", f"{what}; try a lower --learning_rate or a larger --epsilon_high"
+    if later("tag_probability") < first("tag_probability") - 0.1:
+        what = f"the mean probability of the tags has fallen {change('tag_probability')}"
+        yield "tags", f"{what}: the policy forgets its dialect; try a lower --learning_rate"
+    for source in (name.partition("/")[2] for name in history[-1] if name.startswith("em/")):
+        ratio, em, searched = f"search_ratio/{source}", f"em/{source}", f"em_searched/{source}"
+        if last(searched) < 0.05 and last(ratio) > 0.1:
+            share = f"of the episodes of {source} that search, {last(searched):.2f} are right"
+            yield searched, f"{share}: the answer is not found or not read; see coldstart.py"
+        # A search ratio near 0 or 1 is wrong only if right answers are lost, and a model may ask itself.
+        asks = later(ratio) + history[-1].get(f"self_search_ratio/{source}", 0)
+        at_end = asks < 0.25 * first(ratio) or (later(ratio) > 0.95 and first(ratio) < 0.8)
+        if priced and at_end and later(em) < min(0.8 * first(em), first(em) - 0.05):
+            what = f"the search ratio of {source} has gone {change(ratio)}, its right answers {change(em)}"
+            yield ratio, f"{what}: try a lower price of a search (sem: --sem_kept 0.1) or --learning_rate"
+
+
+def average(rows: list[dict], name: str) -> float:
+    """The mean of a metric; NaN if a row lacks it, and no comparison with NaN is true."""
+    return sum(row.get(name, math.nan) for row in rows) / len(rows)
+
+
+def tag_probability(episodes: list[Episode], tokenizer) -> dict[str, float]:
+    """{"tag_probability": mean} over the tokens of the tags that the policy wrote, each with the probability
+    at which it was sampled; {} if there are none. When a policy with tools collapses, its tags show it before
+    its answers do (arXiv 2606.26027). The measure is ours. It also moves a little with the habits of the
+    policy, because the tag that opens a search is a decision."""
+    texts: dict[int, str] = {}
+    total = n = 0
+    for e in episodes:
+        for token in e.ids:
+            if token not in texts:
+                texts[token] = tokenizer.decode([token])
+        ends = list(accumulate(len(texts[token]) for token in e.ids))
+        for tag in tag_pattern(e.template).finditer("".join(texts[token] for token in e.ids)):
+            for i in range(bisect_right(ends, tag.start()), bisect_right(ends, tag.end() - 1) + 1):
+                if e.loss_mask[i]:
+                    total, n = total + math.exp(e.logps[i]), n + 1
+    return {"tag_probability": total / n} if n else {}
