@@ -108,7 +108,7 @@ def tag_probability(episodes: list[Episode], tokenizer) -> dict[str, float]:
     policy, because the tag that opens a search is a decision."""
     texts: dict[int, str] = {}
     total = n = 0
-    for e in episodes:
+    for e in (e for e in episodes if e.stop != "search_failed"):  # those enter no metric
         for token in e.ids:
             if token not in texts:
                 texts[token] = tokenizer.decode([token])

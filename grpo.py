@@ -284,9 +284,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
     advantage = advantages(rewards, mask, config.loss_type).flatten().tolist()
 
     metrics = step_metrics(episodes, parts, compared, config.tau) | label_shares(episodes, parts) | counts
-    metrics |= tag_probability(
-        [e for e, rewarded in zip(episodes, counted, strict=True) if rewarded], run.tokenizer
-    )
+    metrics |= tag_probability(episodes, run.tokenizer)
     trains_off = run.reward.trains_off
     trained = [i for i, e in enumerate(episodes) if counted[i] and (e.engine or trains_off)]
     batches = make_batches(

@@ -18,14 +18,14 @@ from files import InputError
 
 def fit(
     model, batches: Iterable[list[tuple[list[int], list[bool]]]], steps: int, learning_rate: float,
-    warmup: int, desc: str, bf16: bool = False,
+    warmup: int, desc: str, bf16: bool = False, beta2: float = 0.999,
 ):  # fmt: skip
     """Supervised next-token prediction, on a GPU if there is one. A row is (ids, mask), where mask[i] says
     that ids[i] is trained on. The loss of a batch is the mean over such tokens; nothing predicts the first id
     of a row. AdamW on fp32 weights; with `bf16` the products are computed in bf16. Raises InputError if the
     loss is not finite."""
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, beta2), weight_decay=0.01, fused=True)
     bar = tqdm(batches, desc=desc, total=steps)
     for step, rows in enumerate(bar):
         decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
@@ -38,9 +38,7 @@ def fit(
             target = [[t if on else -100 for t, on in zip(*row, strict=True)][1:] for row in part]
             target = torch.tensor([t + [-100] * (width - len(t)) for t in target], device=model.device)
             ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in part], device=model.device)
-            # The head is large, so it is applied only where a token is trained on. Where all are, it is
-            # applied to the whole matrix, because a selection would only cost a copy.
-            keep = slice(None) if all(all(mask) for _, mask in part) else (target >= 0).flatten()
+            keep = (target >= 0).flatten()  # the head is large, so it is applied only here
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
                 logits = model.get_output_embeddings()(hidden[keep])

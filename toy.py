@@ -78,7 +78,7 @@ class Config:
     output_dir: str = "out/toy-world"  # where the world is written
     method: str = "sem"  # the dialect of the transcripts: sem, ssrl, search-r1, research or hybrid
     seed: int = 0  # of names, facts, transcripts and weights
-    steps: int = 600  # training steps of the base model; twice or three times as many if it cannot read yet
+    steps: int = 500  # training steps of the base model; twice or three times as many if it cannot read yet
     batch_size: int = 32  # transcripts a step
     learning_rate: float = 3e-3  # its peak, after 50 steps of warm-up; then a cosine down to a tenth
     hidden_size: int = 96  # width of the model
@@ -327,10 +327,18 @@ def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
 
 
 def train(model, world: World, rng: random.Random, config: Config, tokenizer):
-    """Trains on every token of the transcripts; those of results are included, because they teach copying."""
-    rows = ((t, [True] * len(t)) for t in iter(lambda: transcript(world, rng, config, tokenizer), None))
+    """Trains on all tokens after the prompts, which nobody could predict. Those of results are included,
+    because they teach copying."""
+    assistant = tokenizer.convert_tokens_to_ids("<assistant>")
+
+    def row() -> tuple[list[int], list[bool]]:
+        ids = transcript(world, rng, config, tokenizer)
+        start = ids.index(assistant) + 1
+        return ids, [i >= start for i in range(len(ids))]
+
+    rows = iter(row, None)
     batches = (list(islice(rows, config.batch_size)) for _ in range(config.steps))
-    fit(model, batches, config.steps, config.learning_rate, 50, "toy base model")
+    fit(model, batches, config.steps, config.learning_rate, 50, "toy base model", beta2=0.98)
     model.cpu()
 
 

@@ -196,6 +196,8 @@ def test_the_probability_of_tags(world):
     other = Episode(e.question, [], ids[:3], mask[:3], logps[:3], template=SEM)
     both = tag_probability([e, other], tokenizer)["tag_probability"]
     assert both == pytest.approx((0.5 + 0.25 + 0.9 + 0.5 + 0.25) / 5)
+    failed = Episode(e.question, [], ids[:1], mask[:1], [0.0], stop="search_failed", template=SEM)
+    assert tag_probability([e, failed], tokenizer) == tag_probability([e], tokenizer)
     own = Episode(e.question, [], ids[3:6], [True] * 3, logps[3:6], template=SEARCH_R1)
     assert tag_probability([own], tokenizer) == {}  # Search-R1 has no such tag
     pieces = {0: "a </", 1: "think", 2: ">.", 3: "</think", 4: "é"}

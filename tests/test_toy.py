@@ -228,12 +228,24 @@ def test_a_base_model_that_cannot_read_is_trained_further(monkeypatch, tmp_path,
     monkeypatch.setattr(toy, "exam", lambda *args: (1.0, next(marks)))
     config = toy.Config(output_dir=str(tmp_path / "world"))
     if readings[-1] < toy.READING:
-        with pytest.raises(InputError, match="more than 3 x 600 steps"):
+        with pytest.raises(InputError, match="more than 3 x 500 steps"):
             toy.build(config)
         assert not list(tmp_path.iterdir())
     else:
         assert (toy.build(config) / "world.json").exists()
     assert len(trained) == rounds and len(set(map(id, trained))) == 1
+
+
+def test_a_base_model_is_trained_on_what_follows_the_prompt(monkeypatch):
+    batches = []
+    monkeypatch.setattr(toy, "fit", lambda model, rows, *args, **options: batches.extend(rows))
+    config = toy.Config(steps=3, batch_size=20)
+    model = SimpleNamespace(cpu=lambda: None)
+    toy.train(model, WORLD, random.Random(0), config, TOKENIZER)
+    assert [len(rows) for rows in batches] == [20] * 3
+    for ids, mask in (row for rows in batches for row in rows):
+        at = mask.index(True)
+        assert TOKENIZER.decode(ids[at - 1]) == "<assistant>" and all(mask[at:]) and len(mask) == len(ids)
 
 
 def test_a_world_that_starts_from_another_trains_its_model_further(monkeypatch, tmp_path):
