@@ -78,7 +78,7 @@ class Config:
     output_dir: str = "out/toy-world"  # where the world is written
     method: str = "sem"  # the dialect of the transcripts: sem, ssrl, search-r1, research or hybrid
     seed: int = 0  # of names, facts, transcripts and weights
-    steps: int = 500  # training steps of the base model; twice or three times as many if it cannot read yet
+    steps: int = 700  # training steps of the base model; twice or three times as many if it cannot read yet
     batch_size: int = 32  # transcripts a step
     learning_rate: float = 3e-3  # its peak, after 50 steps of warm-up; then a cosine down to a tenth
     hidden_size: int = 96  # width of the model
@@ -313,7 +313,7 @@ def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
-            intermediate_size=2 * config.hidden_size,
+            intermediate_size=config.hidden_size,
             num_hidden_layers=config.layers,
             num_attention_heads=4,
             num_key_value_heads=4,

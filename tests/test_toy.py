@@ -228,7 +228,7 @@ def test_a_base_model_that_cannot_read_is_trained_further(monkeypatch, tmp_path,
     monkeypatch.setattr(toy, "exam", lambda *args: (1.0, next(marks)))
     config = toy.Config(output_dir=str(tmp_path / "world"))
     if readings[-1] < toy.READING:
-        with pytest.raises(InputError, match="more than 3 x 500 steps"):
+        with pytest.raises(InputError, match="more than 3 x 700 steps"):
             toy.build(config)
         assert not list(tmp_path.iterdir())
     else:
