@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
-from worlds import run_main
+from worlds import VOCABULARY, run_main, timeless
 
 import grpo
 import report
@@ -210,3 +210,10 @@ def test_the_probability_of_tags(world):
         e.question, [], [4, 0, 1, 2, 3], [True] * 5, [math.log(x / 10) for x in (1, 2, 3, 4, 5)], template=SEM
     )
     assert tag_probability([split], Tokenizer())["tag_probability"] == pytest.approx(0.3)
+
+
+def test_a_step_logs_the_probability_of_its_tags(world):
+    """The model is untrained, so each token has about the same probability."""
+    assert run_main(world | {"max_steps": "1"}) == 0
+    [metrics] = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert metrics["tag_probability"] == pytest.approx(1 / VOCABULARY, rel=0.3)
