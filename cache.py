@@ -30,7 +30,7 @@ class SlotCache(Cache):
         self.slots, self.max_len = slots, max_len
 
     def select(self, rows: int | torch.Tensor, positions: torch.Tensor, kv_len: int):
-        """Sets where the next forward pass writes, `positions` [rows, new], and how many positions it reads.
+        """Sets where the next forward pass writes, `positions` [rows, new] int64, and how many it reads.
         `rows` is an int n, for the first n slots, or a tensor of slots."""
         first = isinstance(rows, int)
         index = torch.arange(rows, device=positions.device) if first else rows
@@ -38,7 +38,9 @@ class SlotCache(Cache):
         self.where = index[:, None], slice(None), positions  # [rows, new, kv_heads, head_dim] of a layer
         self.kv_len = kv_len
 
-    def update(self, key, value, layer, *args, **kwargs):  # key, value [rows, kv_heads, new, head_dim]
+    def update(self, key, value, layer, *args, **kwargs):
+        """Called by each layer of the model: writes key and value [rows, kv_heads, new, head_dim] where
+        `select` said. Returns views of the first kv_len positions of its rows, which attention reads."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.where] = key.transpose(1, 2).to(keys.dtype)
         values[self.where] = value.transpose(1, 2).to(values.dtype)
@@ -48,16 +50,19 @@ class SlotCache(Cache):
         return 0  # the caller passes position_ids and a mask, so transformers must not count positions itself
 
     def clear(self):
+        """Sets all keys and values to 0; why is said in `ModelRunner.prepare`."""
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
 
     def copy(self, source: int, targets: list[int], length: int):
+        """Copies the first `length` positions of one slot to others."""
         if targets:
             index = torch.tensor(targets, device=self.keys[0].device)  # one transfer, not one a layer
             for tensor in (*self.keys, *self.values):
                 tensor[index, :, :length] = tensor[source, :, :length]
 
     def swap(self, a: list[int], b: list[int], length: int):
+        """Exchanges the first `length` positions of slot a[i] and slot b[i], for every i."""
         index = torch.tensor([a + b, b + a], device=self.keys[0].device)
         for tensor in (*self.keys, *self.values):
             tensor[index[0], :, :length] = tensor[index[1], :, :length]

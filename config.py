@@ -31,7 +31,7 @@ class Config:
 
     # what is trained, how, on what
     method: str = "sem"  # sem, ssrl, search-r1, research, zerosearch or hybrid: prompt, tags, reward
-    reward: str = ""  # in place of the method's reward: otc, flat, ikea, boundary, boundary_on, ...
+    reward: str = ""  # another method's, research_paper, otc, flat, ikea, boundary or boundary_on
     model: str = ""  # hub id or directory of the start model; none: the toy world (SEM: Qwen2.5-7B-Instruct)
     train: str = "musique,mmlu"  # data sets in equal shares: name (hub), name:path, or a JSONL path (SEM)
     eval: str = ""  # data sets of the greedy evaluation before and after training; none: no evaluation
@@ -44,19 +44,19 @@ class Config:
     date: str = ""  # what a chat template that prints the date prints, such as 2026-11-26; none: today
     # rollout
     prompts_per_step: int = 256  # questions a step (ReSearch)
-    num_generations: int = 5  # episodes of each question, the group size G (ReSearch)
+    num_generations: int = 5  # episodes of each question, the group size G (ReSearch); boundary: even
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained on (ReSearch)
     max_completion_length: int = 8192  # tokens after the prompt, results included (ReSearch)
     max_searches: int = 4  # results and reminders that an episode may get (Search-R1, arXiv 2503.09516)
     topk: int = 5  # documents a search returns (ReSearch)
-    max_doc_tokens: int = 512  # tokens that each document is cut to (our choice)
-    rollout_slots: int = 0  # episodes sampled at once; 0: what fits, computed once (our choice)
-    cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs (our choice)
+    max_doc_tokens: int = 512  # tokens that each document is cut to
+    rollout_slots: int = 0  # episodes sampled at once; 0: what fits, computed once
+    cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs
     simulator: str = ""  # zerosearch: hub id or directory of a model that plays the engine; none: the corpus
     noise_start: float = 0.0  # zerosearch: share of noisy results at the start (ZeroSearch, arXiv 2505.04588)
     noise_end: float = 0.5  # zerosearch: share of noisy results at the end (ZeroSearch)
     # reward
-    tau: float = 0.5  # sem: F1 from which the first answer counts as right (not published; our choice)
+    tau: float = 0.5  # sem: F1 from which the first answer counts as right (not published by SEM)
     sem_kept: float | None = None  # sem: share of F1(a2) that a search after a right draft costs (SEM: all)
     # objective
     beta: float = 0.001  # weight of the k3 KL to the start model (ReSearch)
@@ -66,11 +66,11 @@ class Config:
     num_iterations: int = 1  # optimizer steps on one batch of episodes (ReSearch: mini-batch = batch, so 1)
     # optimizer
     max_steps: int = 200  # training steps (SEM)
-    learning_rate: float = 1e-6  # of AdamW; far below the precision of bf16 (ReSearch); with --lora_r 4e-5
-    warmup_steps: int = 10  # linear warm-up, then constant (our choice)
+    learning_rate: float = 1e-6  # of AdamW (ReSearch); with --lora_r the default is 4e-5
+    warmup_steps: int = 10  # linear warm-up, then constant
     weight_decay: float = 0.01  # of AdamW; at a learning rate of 1e-6 it is lost in rounding (verl's value)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm (verl, ReSearch's framework)
-    micro_batch_tokens: int = 0  # padded tokens of one pass; 0: what fits, computed once (our choice)
+    micro_batch_tokens: int = 0  # padded tokens of one pass; 0: what fits, computed once
     lora_r: int = 0  # rank of adapters that are trained in place of the weights, see lora.py; 0: all weights
     lora_alpha: int | None = None  # an adapter's change is multiplied by lora_alpha / lora_r; none: 32 (TRL)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time

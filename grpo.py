@@ -60,8 +60,9 @@ from world import ALONE, World
 
 
 def advantages(rewards: torch.Tensor, counted: torch.Tensor, loss_type: str) -> torch.Tensor:
-    """rewards and counted [prompts, G] -> advantages [prompts, G] fp64: (r - mean) / (std + 1e-4) in each
-    group (GRPO, section 4.1), or r - mean for dr_grpo (arXiv 2503.20783).
+    """rewards [groups, G] (any float), counted [groups, G] bool -> advantages [groups, G] fp64: (r - mean) /
+    (std + 1e-4) in each row (GRPO, section 4.1), or r - mean for dr_grpo (arXiv 2503.20783). A row is a
+    group, or, with a reward such as boundary, half of one.
 
     The standard deviation is unbiased. Where all rewards of a group are equal (max - min < 1e-6) the result
     is exactly 0, because a division by a tiny std would amplify rounding. Episodes that are not `counted`
@@ -345,12 +346,12 @@ def train(run: Run) -> int:
         except SaveError:
             raise
         except InputError:
-            # All processes have to take part in a checkpoint. An error inside of a step can be that of one.
+            # Saving needs all processes, but an error inside a step may have hit only one.
             if run.world.size == 1 or run.step > started:
                 run.save_checkpoint()
             raise
         except torch.OutOfMemoryError as error:
-            # Otherwise the weights may be in the middle of an update, or the other processes do not come.
+            # Saved only if no update is under way and there is one process.
             if not signals.held and run.world.size == 1:
                 run.save_checkpoint()
             flags = "--micro_batch_tokens, --rollout_slots or --gradient_checkpointing"

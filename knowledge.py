@@ -1,10 +1,11 @@
 """How often a policy searches, by how well the model knows the answer: evaluate.py --knowledge_samples 8.
 
 One greedy closed-book answer says "known" or "not known". Most facts of a language model lie in between: it
-is right in some samples and wrong in others. Here each question is sampled several times closed-book, and the
-share of questions that the policy searched for is given by how many of these samples were right. For a policy
-that judges what it knows, the share falls from the first line to the last. For one that tells questions apart
-by their format alone, it is the same in all lines of a data set.
+is right in some samples and wrong in others. Here each question is sampled several times closed-book. The
+questions are grouped by how many of these samples were right, and each group gets a line with the share of
+its questions that the policy searched for. For a policy that judges what it knows, the share falls from the
+first line to the last. For one that tells questions apart by their format alone, it is the same in all lines
+of a data set.
 
     tables = search_by_knowledge(records, 8)    # {set: {"0": {"value", "low", "high", "n"}, "1-2": ..}}
     print(report(tables, 8))
@@ -24,9 +25,10 @@ def classes(n: int) -> dict[str, range]:
 
 
 def search_by_knowledge(records: dict[str, list[Record]], n: int) -> dict[str, dict[str, dict]]:
-    """{set: {class: share of its questions that were searched for, Wilson's 95 % interval, number}} by `n`
-    closed-book samples of each question. A class without questions is left out. There is no figure for all
-    sets together: it would also fall for a policy that only tells one set from another."""
+    """{set: {class: share of its questions that were searched for, Wilson's 95 % interval, number}}, where
+    the class says how many of `n` closed-book samples were right. A class without questions is left out.
+    There is no figure for all sets together: it would also fall for a policy that only tells one set from
+    another."""
     tables: dict[str, dict[str, dict]] = {name: {} for name in records}
     for name, rows in records.items():
         for class_, numbers in classes(n).items():

@@ -94,7 +94,8 @@ def load_model(name: str, device, dtype=torch.float32, flag: str = "--model"):
 
 
 def stored_types(name: str) -> set[str]:
-    """The types of the weights in the files of a hub id or a directory, such as {"BF16"}."""
+    """The types of the weights in the files of a hub id or a directory, such as {"BF16"}. Of .bin files only
+    those that are not floating-point, such as {"torch.int8"}."""
     folder = Path(cached_file(name, "config.json")).parent
     kinds, paths = set(), list(folder.glob("*.safetensors"))
     for path in (p for p in paths if not p.name.startswith(("consolidated", "optimizer"))):
@@ -170,7 +171,7 @@ def probe(model, tokenizer, max_len: int):
         plain = model(input_ids=ids)
         hidden = model.base_model(input_ids=ids).last_hidden_state
         cache = SlotCache(model.config, 2, 8, model.device, model.dtype)
-        # two ragged prefills, of 4 and 2 tokens and then of 2 and 4 more, and a decode step of one token
+        # Each row is once the shorter one, so that each has padding, which must not be read.
         lengths, both = torch.tensor([4, 2], device=model.device), torch.tensor([0, 1], device=model.device)
         place = torch.arange(4, device=model.device)
         step_hidden(model, cache, both, ids[:, :4], place.expand(2, 4), lengths - 1, 4)

@@ -35,9 +35,9 @@ def split(full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 -> (upper bf16, lower int16), with bits(full) = 2^16 bits(upper) + lower, where lower is signed.
 
     The upper half is the nearest bf16 number. One in the middle between two goes away from zero: the other
-    way lower would be 2^15, which int16 does not hold. All 2^32 patterns survive `split` and `join`. Only,
-    the upper half of a number above 3.39e38 is infinite, and that of an unusual NaN (one whose bits are not
-    those that arithmetic gives) need not be a NaN."""
+    way lower would be 2^15, which int16 does not hold. All 2^32 patterns survive `split` and `join`. But the
+    upper half of a number above 3.39e38 is infinite, and that of an unusual NaN (one whose bits are not those
+    that arithmetic gives) need not be a NaN."""
     bits = full.view(torch.int32)
     upper = (bits + (1 << 15)) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
@@ -151,9 +151,9 @@ def rounding_notes(optimizer: AdamW) -> list[str]:
     """A line for each setting that has no effect because fp32 rounds it off. Of several processes each looks
     at its own shards.
 
-    AdamW moves a weight by about the learning rate. This is lost where it is less than half of the distance
-    to the next number, at 2^e up to 2^(e + 1) less than 2^(e - 24). Weight decay moves it by the share
-    lr * weight_decay, which is lost on all weights if it is less than 2^-25."""
+    AdamW moves a weight by about the learning rate. Between 2^e and 2^(e + 1) fp32 numbers are 2^(e - 23)
+    apart, so a smaller move than 2^(e - 24) is lost. Weight decay moves it by the share lr * weight_decay,
+    which is lost on all weights if it is less than 2^-25."""
     lr, decay, notes = optimizer.lr, optimizer.weight_decay, []
     shards = {name: local(p.detach()) for name, p in optimizer.parameters.items()}
     sizes = {name: x.abs().max().item() for name, x in shards.items() if x.numel()} or {"": 0.0}

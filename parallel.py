@@ -17,8 +17,8 @@ Every process ("rank") has one GPU. In each step
 In bytes a parameter, on N ranks with bf16 weights: 2 for the sampling copy, and 16 / N for the shards of
 weights, gradients, optimizer state and start model.
 
-The layers that are gathered at the moment come to that. Every episode has the same random numbers on any
-number of ranks. Sums are rounded in another order, so in rare cases a token differs.
+The layers that are gathered at the moment come on top of that. Every episode has the same random numbers on
+any number of ranks. Sums are rounded in another order, so in rare cases a token differs.
 
 The first rank writes all files. They are those of one process, so a run can be resumed on another number of
 ranks; with --rollout_slots 0 --micro_batch_tokens 0 its sizes are computed anew.

@@ -11,9 +11,9 @@ The program takes the figures of the page from this list: the metrics as a regul
 the text below the figure. A figure is left out if no step has one of its metrics.
 
     reward | mean reward
-        Lies between 0 and 1 (flat and boundary: may be below 0; ikea: from -1 to 1.6), and should rise and
-        then level off. Flat from the start: see the groups with equal rewards. A sudden fall: see KL and
-        entropy at that step.
+        Lies between 0 and 1 (flat: may be below 0; ikea: from -1 to 1.6), and should rise and then level off.
+        Flat from the start: see the groups with equal rewards. A sudden fall: see KL and entropy at that
+        step.
     search_ratio/.* | SR: share of episodes that searched
         Should fall where the model knows the answers, and stay high elsewhere. All curves at 0 or all at 1:
         the policy does not decide by the question.
@@ -36,8 +36,9 @@ the text below the figure. A figure is left out if no step has one of its metric
     self_search_ratio/.* | share of episodes in which the model asked itself
         These searches do not count in the search ratio. At 0 the model answers at once, or asks the engine.
     labels/nosearch/.* | boundary: share of questions that need no search
-        Should be near 1 for what the model knows, and near 0 for what it has to look up. 0 everywhere: less
-        than half of that half is right, so a search costs only beyond the fewest that were needed.
+        Should be near 1 for what the model knows, and near 0 for what it has to look up. 0 everywhere: of the
+        half without the engine less than half is right, so a search costs only beyond the fewest that were
+        needed.
     format|completions/clipped_ratio|tools/failure_frequency | share of episodes: valid, cut off, failed
         The format should soon be near 1, the others near 0. Clipped: the token budget is too small. Failed:
         the retriever was down. Whether it finds the right thing stands only in the transcripts.

@@ -123,9 +123,8 @@ class BM25:
 
     idf="plus1" (the default) is Lucene's: log(1 + (N - n + .5) / (n + .5)). It is positive for every word and
     falls with n. idf="okapi" is rank_bm25's: log((N - n + .5) / (n + .5)), and where that is negative, a
-    quarter of the mean idf. In a small corpus that mean can itself be 0 or
-    less, so nothing is found by its frequent words. In a large corpus the quarter of the mean
-    gives "the" a higher idf than some rarer words.
+    quarter of the mean idf. In a small corpus that mean can itself be 0 or less, so nothing is found by its
+    frequent words. In a large corpus the quarter of the mean gives "the" a higher idf than some rarer words.
 
     With idf="okapi" the scores are bit for bit those of BM25Okapi.get_scores. They are computed faster,
     because the contribution of each (word, document) is computed once, when the index is built, by the same
@@ -149,7 +148,7 @@ class BM25:
         except ZeroDivisionError:
             raise InputError("nothing to index: no document with a word in it") from None
 
-        # arrays over all pairs (word, document), sorted by word, and for each word by document
+        # Pairs (word, document), sorted by word: so the documents of a word are a slice of each array.
         word = np.fromiter(chain.from_iterable(fit.doc_freqs), np.int64)  # [pairs]
         order = np.argsort(word, kind="stable")
         word = word[order]

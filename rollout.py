@@ -96,9 +96,12 @@ def rollout(
     runner: ModelRunner | None = None, engine: list[bool] | None = None, force_search: bool = False,
     entropy_guided: bool = False, counts: dict | None = None, progress: str | None = None,
 ) -> list[Episode]:  # fmt: skip
-    """Samples `group_size` episodes of every question: [question 0, question 0, .., question 1, ..].
+    """Samples `group_size` episodes of every question: [question 0, question 0, .., question 1, ..]. Each has
+    at most `max_completion_length` tokens after its prompt, results included. Its random stream is a function
+    of `seed`, `step` and its row.
 
     temperature     0 is greedy.
+    topk            Documents a search returns, each cut to `max_doc_tokens` tokens.
     retriever       `retriever.search(queries, topk)` returns a list of documents for each query, or raises
                     RetrieverError. With the attribute `simulates` it gets the questions as a third argument;
                     with `remote` it is called in a thread while the other rows go on. Without a retriever
@@ -119,8 +122,10 @@ def rollout(
                     no draft. These tokens are not the policy's.
     counts          A dict whose prefill_tokens and decode_tokens are increased by the tokens of episodes that
                     the model was fed.
+    progress        The label of a progress bar; None: no bar.
 
-    Raises InputError if a prompt leaves no room in the model's context."""
+    Raises InputError if a prompt leaves no room in the model's context, and ValueError for a runner of
+    another model or tokenizer."""
     prompts = [render(template, question, tokenizer) for question in questions]
     rooms = [room(model, p, q, max_completion_length) for p, q in zip(prompts, questions, strict=True)]
     rows = []

@@ -90,8 +90,9 @@ class ModelRunner:
     than they run. A graph is recorded once for each number of rows, which is rounded up, so that there are
     few; they share one pool of memory. All that changes from step to step is read from memory: tokens,
     positions, random numbers, the temperature. If a step cannot be recorded, all steps from then on run by
-    the same code without graphs. If a graph gives other logits than the eager step, only steps with its
-    number of rows do. All calls must come from one CUDA stream, because their order there is relied on."""
+    the same code without graphs. If a graph gives other logits than the eager step, only steps with that
+    number of rows run without one. All calls must come from one CUDA stream, because their order there is
+    relied on."""
 
     model: torch.nn.Module
     vocab_size: int  # ids beyond the tokenizer (a padded lm_head) are never sampled
@@ -108,8 +109,8 @@ class ModelRunner:
     @torch.inference_mode(False)  # a rollout of a simulator begins inside of another rollout
     def prepare(self, slots: int, max_len: int, temperature: float):
         """Sets the temperature (0: greedy) of the next rollout, and gives it an empty cache with that many
-        slots of that length. Attention multiplies masked values by 0, and a NaN that an earlier rollout has
-        left would still be a NaN after that. On a GPU the cache is used again if it is large enough.
+        slots of that length. It is cleared, because attention multiplies masked values by 0, and 0 times a
+        NaN that an earlier rollout left is NaN. On a GPU the cache is used again if it is large enough.
         Otherwise a larger one takes its place, and the graphs are recorded anew."""
         if self.on_gpu:
             # Lengths are rounded up, so that a prompt that is a few tokens longer needs no new cache.
@@ -150,7 +151,7 @@ class ModelRunner:
         GPU computes the next.
 
         So a row that has ended is fed on. This does no harm, because every position is written anew before
-        it counts to the length of a row."""
+        attention reads it."""
         n = rows = len(tokens)
         # On a GPU shapes do not depend on the rows of the moment, since a graph freezes them. This also holds
         # without graphs, because sums of other shapes are rounded differently. So rows are padded, and the

@@ -59,11 +59,13 @@ class Signals:
             raise KeyboardInterrupt
 
     def hold(self):
+        """From here on a signal waits for `release`. If one of several processes has one, all stop here."""
         if self.world.size > 1 and not self.held:
             self.release()
         self.held = True
 
     def release(self):
+        """Raises KeyboardInterrupt if a signal came meanwhile, to any of the processes."""
         self.held = False
         if self.world.most(self.received):
             raise KeyboardInterrupt

@@ -5,7 +5,7 @@ cut in the same way, and a mask of what is trained on. A search is written only 
 the model sees of its results.
 
     facts = read_results(questions, BM25(docs), tokenizer, template, topk=2, max_doc_tokens=80)
-    episode = transcript(facts[0], draft="Paris", searched=True, template, tokenizer, rng, max_doc_tokens=80)
+    episode = transcript(facts[0], "Paris", True, template, tokenizer, rng, max_doc_tokens=80)    # searched
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ group:
     out[r, h] = sum_j p_j values[r, c, j],   p = softmax(s)    (zeros if lengths[r] is 0)
 
 In plain torch this is SDPA with a mask, which runs where Triton does not. It multiplies with all positions of
-the view, and transformers 5.17 copies keys and values for every query head before that. A decode step does
-little else than read keys and values. So the kernel reads those of a row once for all heads of a group, where
-they lie in the cache, and not one position beyond the row's length. A CUDA graph freezes all arguments except
-memory. The kernel reads the lengths from memory, so one graph serves all lengths.
+the view, also with those that the mask leaves out. (transformers 5.17 even copied keys and values for every
+query head before that; 5.23 packs the heads of a group instead.) A decode step does little else than read
+keys and values. So the kernel reads those of a row once for all heads of a group, where they lie in the
+cache, and not one position beyond the row's length. A CUDA graph freezes all arguments except memory. The
+kernel reads the lengths from memory, so one graph serves all lengths.
 
 The softmax is computed while the keys go by (arXiv 1805.02867). Over the keys so far, with u = log2(e) s, it
 keeps

@@ -57,11 +57,12 @@ def grpo_loss_from_logits(
     """The loss of N rows of logits [N, V]. The gradient of the loss replaces the logits in place, unless
     `gradient` is False.
 
-    target [N] int64; old_logps, ref_logps, advantages, scale [N] fp32. If old_logps is None, they are the
-    policy's present log-probs (ratio 1, as in the first pass over a batch). If ref_logps is None, there is no
-    KL term. Ids >= `vocab_size` count as logits of -inf. Returns the loss (a scalar, fp32) and stats: logps,
-    entropy, kl, clipped, [N] fp32 each. The result is not differentiable, so loss.backward() raises: the
-    gradient is already there."""
+    logits fp32 or bf16; target [N] int64, from 0 to below `vocab_size` (else RuntimeError on a CPU);
+    old_logps, ref_logps, advantages, scale [N] fp32. If old_logps is None, they are the policy's present
+    log-probs (ratio 1, as in the first pass over a batch). If ref_logps is None, there is no KL term. Ids >=
+    `vocab_size` count as logits of -inf. Returns the loss (a scalar, fp32) and stats: logps, entropy, kl,
+    clipped, [N] fp32 each. The result is not differentiable, so loss.backward() raises: the gradient is
+    already there."""
     n, width = logits.shape
     vocab = vocab_size or width
     stats = {name: logits.new_zeros(n, dtype=torch.float32) for name in ("logps", "entropy", "kl", "clipped")}

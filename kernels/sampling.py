@@ -4,7 +4,9 @@ reference.sample has the contract, and is the same in plain torch.
 In plain torch about eight passes go over the logits, half of them over fp64 numbers. Here every logit is read
 once, and those of one block a second time. With z_j = log2(e) logits_j / temperature:
 
-    _sum_blocks   for each block b of a row: top_b = max z_j and sum_b = sum 2^(z_j - top_b)
+    _sum_blocks   for each block b of a row: top_b = max z_j and sum_b = sum 2^(z_j - top_b). The logit at
+                  the maximum is stored without the factor: with temperature 0 the blocks are compared by
+                  it, and by the products, which are rounded, two different logits could be equal
     _pick         weight_b = sum_b 2^(top_b - max top_b) is the probability of block b, times a constant. The
                   cumulative sum of the weights shows which block holds the token. The sum before this block
                   is subtracted from the target, u times the total. The rest is looked up in the cumulative
