@@ -77,6 +77,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
 # runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", [(), ("--gradient_checkpointing",)], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_in_bf16(as_model, lively, tmp_path, name, switches):

@@ -273,6 +273,7 @@ def write_files(folder, tokenizer, questions=16):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", DIALECTS)
 def test_every_dialect_runs(tmp_path, capsys, method):
     """The tokenizer has no pad token."""

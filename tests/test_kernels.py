@@ -576,6 +576,7 @@ def test_chunks_have_the_size_that_is_set(monkeypatch):
     assert seen == [4, 4, 2, 4, 4, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["old and ref", "neither"])
 def test_two_steps_through_the_kernel_equal_the_twins(monkeypatch, given):
     """After two steps of AdamW on a small model, the loss, the stats and every weight agree to 1e-5."""
@@ -652,6 +653,7 @@ def storage(x):
     return x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_memory_of_the_twin(dtype):
     """At V = 151,936 the twin allocates at most 5 MB beyond the logits, and grpo_loss allocates one chunk,
@@ -737,6 +739,7 @@ def test_one_compilation_serves_every_n():
     assert compiled() == before > 0
 
 
+@pytest.mark.slow
 def test_compiled_for_an_h200():
     """This runs on any machine, because only a launch needs the GPU. No kernel spills registers to memory.
     One compilation of the loss serves 50 different numbers of rows, and one of the draw. The loss moves 16

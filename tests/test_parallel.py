@@ -22,7 +22,10 @@ from disk import checkpoints
 
 RANKS = Path(__file__).parent / "ranks.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="the processes are forked")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="the processes are forked"),
+]
 
 
 @pytest.fixture(scope="module")
