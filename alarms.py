@@ -42,58 +42,83 @@ class Alarms:
         return list(new.values())
 
 
-def diagnose(history: list[dict], priced: bool) -> Iterator[tuple[str, str]]:
-    """Yields (name, line) for all that is wrong after these steps, the first steps of a run. It is read from
-    means over the last three. To see a rise or a fall they are compared with the first three, so six steps
-    are needed. No alarm is given about a metric that is missing in one of these steps."""
+def diagnose(history: list[dict], priced: bool) -> list[tuple[str, str]]:
+    """[(name, line)] of what is wrong after these steps, the first steps of a run. It is read from means over
+    the last three. To see a rise or a fall they are compared with the first three, so six steps are needed.
+    No alarm is given about a metric that is missing in one of these steps.
 
-    def first(name: str) -> float:
-        return average(history[:WINDOW], name)
+    The alarms are in three groups, and only those of the first group that has any are given, because the
+    later ones can follow from them: the text falls apart; something is wrong with all episodes; something is
+    wrong with the searches of one data set."""
+    return [*of_text(history)] or [*of_all(history)] or [*of_searches(history, priced)]
 
-    def last(name: str) -> float:
-        return average(history[-WINDOW:], name) if len(history) >= WINDOW else math.nan
 
-    def later(name: str) -> float:
-        return last(name) if len(history) >= 2 * WINDOW else math.nan
+def of_text(history: list[dict]) -> Iterator[tuple[str, str]]:
+    if later(history, "entropy") > 1.6 * first(history, "entropy"):
+        what = f"the entropy has risen {change(history, 'entropy')} nats: the text is falling apart"
+        yield "entropy rises", f"{what}; try a lower --learning_rate or a larger --beta"
+    elif later(history, "tag_probability") < first(history, "tag_probability") - 0.1:
+        what = f"the mean probability of the tags has fallen {change(history, 'tag_probability')}"
+        yield "tags", f"{what}: the policy forgets its dialect; try a lower --learning_rate"
 
-    def change(name: str) -> str:
-        return f"from {first(name):.2f} to {last(name):.2f}"
 
+def of_all(history: list[dict]) -> Iterator[tuple[str, str]]:
     answers = [value for row in history[-WINDOW:] for name, value in row.items() if name.startswith("em/")]
     right = sum(answers) / len(answers) if answers else math.nan
-    if last("format") < 0.05:
-        share = f"{last('format'):.2f} of the episodes have a valid structure"
-        yield "format", f"{share}: the model does not know the dialect; see coldstart.py"
-    if last("completions/clipped_ratio") > 0.5:
-        share = f"{last('completions/clipped_ratio'):.2f} of the episodes run out of tokens"
-        yield "clipped", f"{share}: try a larger --max_completion_length"
-    if last("frac_reward_zero_std") > 0.95 and right < 0.9:  # nothing is wrong where all answers are right
-        share = f"all rewards are equal in {last('frac_reward_zero_std'):.2f} of the groups"
-        where = f"with a mean reward of {last('reward'):.2f} and {right:.2f} right answers"
-        yield "equal", f"{share}, {where}: little is learned; see the rewards in transcripts.jsonl"
-    if later("reward") < first("reward") - 0.15:
-        what = f"the reward, which should rise, has fallen {change('reward')}"
+    form, clipped = last(history, "format"), last(history, "completions/clipped_ratio")
+    equal = last(history, "frac_reward_zero_std")
+    if form < 0.05:
+        what = f"{form:.2f} of the episodes have a valid structure"
+        yield "format", f"{what}: the model does not know the dialect; see coldstart.py"
+    if clipped > 0.5:
+        yield (
+            "clipped",
+            f"{clipped:.2f} of the episodes run out of tokens: try a larger --max_completion_length",
+        )
+    if equal > 0.95 and right < 0.9:  # nothing is wrong where all answers are right
+        what = f"all rewards are equal in {equal:.2f} of the groups, with a mean reward of"
+        where = f"{last(history, 'reward'):.2f} and {right:.2f} right answers"
+        yield "equal", f"{what} {where}: little is learned; see the rewards in transcripts.jsonl"
+    if later(history, "reward") < first(history, "reward") - 0.15:
+        what = f"the reward, which should rise, has fallen {change(history, 'reward')}"
         yield "reward", f"{what}: try a lower --learning_rate; with a reward of your own, check its sign"
-    if later("entropy") > 1.6 * first("entropy"):
-        what = f"the entropy has risen {change('entropy')} nats: the text is falling apart"
-        yield "entropy rises", f"{what}; try a lower --learning_rate or a larger --beta"
-    if later("entropy") < 0.1 * first("entropy") and right < 0.9:
-        what = f"the entropy has fallen {change('entropy')} nats: the episodes of a group are alike"
+    if later(history, "entropy") < 0.1 * first(history, "entropy") and right < 0.9:
+        what = f"the entropy has fallen {change(history, 'entropy')} nats: the episodes of a group are alike"
         yield "entropy falls", f"{what}; try a lower --learning_rate or a larger --epsilon_high"
-    if later("tag_probability") < first("tag_probability") - 0.1:
-        what = f"the mean probability of the tags has fallen {change('tag_probability')}"
-        yield "tags", f"{what}: the policy forgets its dialect; try a lower --learning_rate"
+
+
+def of_searches(history: list[dict], priced: bool) -> Iterator[tuple[str, str]]:
     for source in (name.partition("/")[2] for name in history[-1] if name.startswith("em/")):
         ratio, em, searched = f"search_ratio/{source}", f"em/{source}", f"em_searched/{source}"
-        if last(searched) < 0.05 and last(ratio) > 0.1:
-            share = f"of the episodes of {source} that search, {last(searched):.2f} are right"
-            yield searched, f"{share}: the answer is not found or not read; see coldstart.py"
+        if last(history, searched) < 0.05 and last(history, ratio) > 0.1:
+            what = f"of the episodes of {source} that search, {last(history, searched):.2f} are right"
+            yield searched, f"{what}: the answer is not found or not read; see coldstart.py"
         # A search ratio near 0 or 1 is wrong only if right answers are lost, and a model may ask itself.
-        asks = later(ratio) + history[-1].get(f"self_search_ratio/{source}", 0)
-        at_end = asks < 0.25 * first(ratio) or (later(ratio) > 0.95 and first(ratio) < 0.8)
-        if priced and at_end and later(em) < min(0.8 * first(em), first(em) - 0.05):
-            what = f"the search ratio of {source} has gone {change(ratio)}, its right answers {change(em)}"
-            yield ratio, f"{what}: try a lower price of a search (sem: --sem_kept 0.1) or --learning_rate"
+        start, end = first(history, ratio), later(history, ratio)
+        asks = end + history[-1].get(f"self_search_ratio/{source}", 0)
+        at_end = asks < 0.25 * start or (end > 0.95 and start < 0.8)
+        before = first(history, em)
+        if priced and at_end and later(history, em) < min(0.8 * before, before - 0.05):
+            what = f"the search ratio of {source} has gone {change(history, ratio)}, its right answers"
+            advice = "try a lower price of a search (sem: --sem_kept 0.1) or --learning_rate"
+            yield ratio, f"{what} {change(history, em)}: {advice}"
+
+
+def first(history: list[dict], name: str) -> float:
+    return average(history[:WINDOW], name)
+
+
+def last(history: list[dict], name: str) -> float:
+    return average(history[-WINDOW:], name) if len(history) >= WINDOW else math.nan
+
+
+def later(history: list[dict], name: str) -> float:
+    """As `last`, where none of these steps is among the first."""
+    return last(history, name) if len(history) >= 2 * WINDOW else math.nan
+
+
+def change(history: list[dict], name: str) -> str:
+    return f"from {first(history, name):.2f} to {last(history, name):.2f}"
 
 
 def average(rows: list[dict], name: str) -> float:

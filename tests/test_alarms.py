@@ -119,6 +119,22 @@ def test_what_is_no_fault_gives_no_alarm(start, end):
     assert not list(diagnose(run(start, end), True))
 
 
+@pytest.mark.parametrize(
+    "end, names",
+    [
+        ({"entropy": 0.4, "reward": 0.0, "format": 0.0, "em_searched/nq": 0.0}, ["entropy rises"]),
+        ({"tag_probability": 0.5, "reward": 0.0, "em_searched/nq": 0.0}, ["tags"]),
+        ({"format": 0.0, "reward": 0.0, "em_searched/nq": 0.0}, ["format", "reward"]),
+        (
+            {"em_searched/nq": 0.0, "search_ratio/gsm8k": 0.0, "em/gsm8k": 0.1},
+            ["em_searched/nq", "search_ratio/gsm8k"],
+        ),
+    ],
+)
+def test_what_follows_from_a_fault_is_not_said_beside_it(end, names):
+    assert [name for name, _ in diagnose(run({}, end), True)] == names
+
+
 def test_a_search_ratio_matters_only_where_searches_cost_something():
     beyond = run({}, {"search_ratio/nq": 0.0, "em/nq": 0.4})
     assert not list(diagnose(beyond, False)) and list(diagnose(beyond, True))
@@ -139,7 +155,7 @@ def test_an_alarm_is_given_once_in_a_run():
     given = [alarms(row) for row in [*rows, *rows[-3:]]]
     assert [len(lines) for lines in given] == [0] * 6 + [1] + [0] * 4  # the mean of 0.2, 0.4, 0.4 is enough
     resumed = Alarms(True, past=rows)
-    assert resumed(rows[-1]) == [] and len(resumed(GOOD | {"reward": -1.0})) == 1
+    assert resumed(rows[-1]) == [] and len(resumed(GOOD | {"reward": -1.0, "entropy": 0.0})) == 1
 
 
 def test_a_run_prints_its_alarms(world, monkeypatch, capsys):
