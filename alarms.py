@@ -66,15 +66,19 @@ def of_all(history: list[dict]) -> Iterator[tuple[str, str]]:
     answers = [value for row in history[-WINDOW:] for name, value in row.items() if name.startswith("em/")]
     right = sum(answers) / len(answers) if answers else math.nan
     form, clipped = last(history, "format"), last(history, "completions/clipped_ratio")
-    equal = last(history, "frac_reward_zero_std")
+    equal, gap = last(history, "frac_reward_zero_std"), last(history, "sampler_logp_diff/mean")
+    if gap > 0.05:
+        what = f"the log-probs of the sampler and those of the loss are {gap:.2f} apart on average"
+        yield (
+            "sampler",
+            f"{what}: the two differ, or what the policy did not write is trained on; see look.py",
+        )
     if form < 0.05:
         what = f"{form:.2f} of the episodes have a valid structure"
         yield "format", f"{what}: the model does not know the dialect; see coldstart.py"
     if clipped > 0.5:
-        yield (
-            "clipped",
-            f"{clipped:.2f} of the episodes run out of tokens: try a larger --max_completion_length",
-        )
+        what = f"{clipped:.2f} of the episodes run out of tokens"
+        yield "clipped", f"{what}: try a larger --max_completion_length"
     if equal > 0.95 and right < 0.9:  # nothing is wrong where all answers are right
         what = f"all rewards are equal in {equal:.2f} of the groups, with a mean reward of"
         where = f"{last(history, 'reward'):.2f} and {right:.2f} right answers"
@@ -92,7 +96,10 @@ def of_searches(history: list[dict], priced: bool) -> Iterator[tuple[str, str]]:
         ratio, em, searched = f"search_ratio/{source}", f"em/{source}", f"em_searched/{source}"
         if last(history, searched) < 0.05 and last(history, ratio) > 0.1:
             what = f"of the episodes of {source} that search, {last(history, searched):.2f} are right"
-            yield searched, f"{what}: the answer is not found or not read; see coldstart.py"
+            yield (
+                searched,
+                f"{what}: the results are wrong, see transcripts.jsonl, or not read, see coldstart.py",
+            )
         # A search ratio near 0 or 1 is wrong only if right answers are lost, and a model may ask itself.
         start, end = first(history, ratio), later(history, ratio)
         asks = end + history[-1].get(f"self_search_ratio/{source}", 0)
@@ -100,7 +107,7 @@ def of_searches(history: list[dict], priced: bool) -> Iterator[tuple[str, str]]:
         before = first(history, em)
         if priced and at_end and later(history, em) < min(0.8 * before, before - 0.05):
             what = f"the search ratio of {source} has gone {change(history, ratio)}, its right answers"
-            advice = "try a lower price of a search (sem: --sem_kept 0.1) or --learning_rate"
+            advice = "try a lower --learning_rate or price of a search (sem: --sem_kept 0.1)"
             yield ratio, f"{what} {change(history, em)}: {advice}"
 
 

@@ -43,8 +43,8 @@ the text below the figure. A figure is left out if no step has one of its metric
         The format should soon be near 1, the others near 0. Clipped: the token budget is too small. Failed:
         the retriever was down. Whether it finds the right thing stands only in the transcripts.
     sampler_logp_diff/.* | sampler against scorer: difference of log-probs
-        Should be flat: about 1e-6 in fp32, on average about 0.01 in bf16. 0.1 or a climb: the two do not
-        compute the same, or tokens are trained on that the policy did not choose; see look.py.
+        Should be flat: about 1e-6 in fp32, on average about 0.01 in bf16. A mean of 0.05 or a climb: the two
+        do not compute the same, or tokens are trained on that the policy did not choose; see look.py.
 
 Above the figures are the alarms of the run (alarms.py), computed from metrics.jsonl.
 
