@@ -161,7 +161,8 @@ def with_toy_world(config: Config) -> Config:
     torch.set_num_threads(1)  # as in Run.resolve_sizes
     method = dialect(config.method)
     folder = "out/toy-world" + ("" if method == "sem" else f"-{method}") + f"-{config.seed}"
-    world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=method))
+    more = {"steps": 1600} if METHODS[method].template.recall else {}  # it has more to learn
+    world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=method, **more))
     return replace(
         config,
         model=str(world / "model"),

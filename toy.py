@@ -21,7 +21,7 @@ model also learns to answer without a tool, so that one can measure what it know
 
 The result is a directory of ordinary files, which grpo.py treats as it treats a 7B model and Wikipedia:
 
-    model/          a Llama model of 0.3 M parameters, with a word-level tokenizer and a chat template
+    model/          a Llama model of 0.2 M parameters, with a word-level tokenizer and a chat template
     train/          known.jsonl, composed.jsonl, unknown.jsonl (for one search and for two)
     test/           known_train.jsonl, known_heldout.jsonl, composed.jsonl, unknown.jsonl, two_hop.jsonl,
                     arithmetic.jsonl

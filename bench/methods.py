@@ -7,7 +7,7 @@ The world is that of `toy.py --between`, which also has questions of which the b
 row is a model and a way to use it. A cell is the mean over the seeds, and their range where they differ. The
 rewards start from the same base model, in the dialect of SEM; those of the "happy" and the "shy" rows come
 from it by further training on transcripts that search more or less. The hybrid has a dialect of its own, and
-so another base model, of 1,600 steps or more, and twice as many steps of RL. (With --others the three other
+so another base model, of 3,200 steps or more, and twice as many steps of RL. (With --others the three other
 methods have base models too.) What exists in --output_dir is not made again, so a stopped program goes on. If
 it is older than its world, it is an error.
 """
@@ -107,7 +107,7 @@ def world(out: Path, dialect: str, habit: str, seed: int) -> Path:
     """Builds the toy world of a dialect and a habit, unless it is there."""
     path = out / "-".join(filter(None, ["world", dialect, habit, str(seed)]))
     known, unknown = HABITS[habit]
-    flags = ["--steps", 1600] if dialect == "hybrid" else []  # it has more to learn
+    flags = ["--steps", 3200] if dialect == "hybrid" else []  # it has more to learn
     if habit:
         home = world(out, dialect, "", seed)
         refuse_stale(path / "world.json", home)

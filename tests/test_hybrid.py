@@ -18,6 +18,7 @@ from measures import self_searches, step_metrics
 from prompts import SEM, neutralise
 from reward import METHODS, parse_episode
 from rollout import detokenize
+from run import with_toy_world
 
 WORLD = toy.World.make(0)
 TOKENIZER = toy.make_tokenizer(WORLD, "hybrid")
@@ -165,3 +166,12 @@ def test_documents_cannot_hold_a_memory():
     for tag in OWN_TAGS:
         assert tag not in neutralise(f"a {tag} b", TOKENIZER, hybrid.HYBRID)
         assert tag in neutralise(f"a {tag} b", toy.make_tokenizer(WORLD), SEM)
+
+
+def test_its_base_model_is_trained_longer(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setattr(toy, "build", lambda config: built.append(config) or tmp_path)
+    for method in ("sem", "hybrid"):
+        with_toy_world(Config(method=method, train="known"))
+    assert [config.method for config in built] == ["sem", "hybrid"]
+    assert built[0].steps == toy.Config().steps and built[1].steps == 1600
