@@ -92,6 +92,8 @@ class Config:
 
 @dataclass
 class World:
+    """The people of the world, by name, and what is true of them. Those to train on come first."""
+
     known: list[str]
     unknown: list[str]
     facts: dict[tuple[str, str], str] = field(default_factory=dict)  # (relation, name) -> value
