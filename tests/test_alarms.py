@@ -160,6 +160,12 @@ def test_an_alarm_is_given_once_in_a_run():
     assert resumed(rows[-1]) == [] and len(resumed(GOOD | {"reward": -1.0, "entropy": 0.0})) == 1
 
 
+def test_a_step_in_which_every_search_failed_is_passed_over():
+    """Such a step logs a reward of 0, because no episode has one."""
+    alarms, failed = Alarms(priced=True), GOOD | {"reward": 0.0, "tools/failure_frequency": 1}
+    assert not any(alarms(row) for row in [*run({}, {}), *[failed] * 3])
+
+
 def test_a_run_prints_its_alarms(world, monkeypatch, capsys):
     """Also after it was resumed: the alarm compares with steps before, and is not given a second time."""
     rows = run({}, {"entropy": 0.4}, 8)
