@@ -286,6 +286,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[Episode]]:
 
     metrics = step_metrics(episodes, parts, compared, config.tau) | label_shares(episodes, parts) | counts
     metrics |= tag_probability(episodes, run.tokenizer)
+    metrics |= {"noise_share": share} if run.method.simulated else {}
     trains_off = run.reward.trains_off
     trained = [i for i, e in enumerate(episodes) if counted[i] and (e.engine or trains_off)]
     batches = make_batches(

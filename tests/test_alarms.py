@@ -114,6 +114,7 @@ def test_an_alarm_is_given_beyond_its_threshold_alone(name, start, at, beyond, w
         ({"search_ratio/nq": 0.85}, {"search_ratio/nq": 1.0, "em/nq": 0.5}),  # it searched before
         ({}, {"search_ratio/nq": 0.1, "em/nq": 0.5, "self_search_ratio/nq": 0.6}),  # it asks itself
         ({}, {"em_searched/nq": 0.0, "search_ratio/nq": 0.09}),  # of a few searches
+        ({}, {"reward": 0.2, "noise_share": 0.5}),  # the results get worse on purpose
         ({}, {"reward": math.nan, "entropy": math.nan}),
     ],
 )

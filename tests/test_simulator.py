@@ -282,6 +282,7 @@ def test_training_searches_with_the_simulator(world, monkeypatch, eager, engine_
         assert queries == ["w2"] * 16
         assert {q.source for q in questions} == {"known", "unknown"}
     rows = timeless(Path(world["output_dir"]) / "metrics.jsonl")
+    assert [row["noise_share"] for row in rows] == [noise_share(i, 3, 0.2, 0.8) for i in range(3)]
     assert [row["tools/failure_frequency"] for row in rows] == [0, 0, 0]
     assert all(math.isfinite(row["grad_norm"]) for row in rows)
     if engine_is == "corpus":
