@@ -54,7 +54,7 @@ def diagnose(history: list[dict], priced: bool) -> list[tuple[str, str]]:
 
 
 def of_text(history: list[dict]) -> Iterator[tuple[str, str]]:
-    if later(history, "entropy") > 1.6 * first(history, "entropy"):
+    if later(history, "entropy") > 1.8 * first(history, "entropy"):
         what = f"the entropy has risen {change(history, 'entropy')} nats: the text is falling apart"
         yield "entropy rises", f"{what}; try a lower --learning_rate or a larger --beta"
     elif later(history, "tag_probability") < first(history, "tag_probability") - 0.1:
