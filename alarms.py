@@ -2,7 +2,7 @@
 what to try. grpo.py prints it when it is given for the first time in a run, report.py above the curves.
 
     alarms = Alarms(priced=True)
-    alarms(metrics)               # after each step: ["the entropy has risen from 0.14 to 0.24 nats: ..."]
+    alarms(metrics)               # after each step: ["the entropy has risen from 0.14 to 0.27 nats: ..."]
 
 The thresholds are ours. Runs that went well stayed away from them (bench/RESULTS.md). They apply to means
 over three steps, because single steps are noisy. An alarm is a reason to look, not to stop the run. Not here:
@@ -32,8 +32,8 @@ class Alarms:
             self(metrics)
 
     def __call__(self, metrics: dict) -> list[str]:
-        """The new alarms after the step with these metrics, one line each. A step in which every search
-        failed has no reward, so it is passed over."""
+        """The new alarms after the step with these metrics, one line each. A step in which the
+        searches of all episodes failed says nothing, so it is passed over."""
         if metrics.get("tools/failure_frequency") == 1:
             return []
         self.history.append(metrics)
@@ -59,7 +59,7 @@ def of_text(history: list[dict]) -> Iterator[tuple[str, str]]:
         yield "entropy rises", f"{what}; try a lower --learning_rate or a larger --beta"
     elif later(history, "tag_probability") < first(history, "tag_probability") - 0.1:
         what = f"the mean probability of the tags has fallen {change(history, 'tag_probability')}"
-        yield "tags", f"{what}: the policy forgets its dialect; try a lower --learning_rate"
+        yield "tags", f"{what}: the policy forgets the format; try a lower --learning_rate"
 
 
 def of_all(history: list[dict]) -> Iterator[tuple[str, str]]:
@@ -75,7 +75,7 @@ def of_all(history: list[dict]) -> Iterator[tuple[str, str]]:
         )
     if form < 0.05:
         what = f"{form:.2f} of the episodes have a valid structure"
-        yield "format", f"{what}: the model does not know the dialect; see coldstart.py"
+        yield "format", f"{what}: the model does not know the tags of the method; see coldstart.py"
     if clipped > 0.5:
         what = f"{clipped:.2f} of the episodes run out of tokens"
         yield "clipped", f"{what}: try a larger --max_completion_length"
@@ -101,9 +101,10 @@ def of_searches(history: list[dict], priced: bool) -> Iterator[tuple[str, str]]:
                 searched,
                 f"{what}: the results are wrong, see transcripts.jsonl, or not read, see coldstart.py",
             )
-        # A search ratio near 0 or 1 is wrong only if right answers are lost, and a model may ask itself.
+        # A search ratio near 0 or 1 is a fault only if right answers are lost. A model that asks itself in
+        # place of the engine has not stopped searching.
         start, end = first(history, ratio), later(history, ratio)
-        asks = end + history[-1].get(f"self_search_ratio/{source}", 0)
+        asks = end + sum(row.get(f"self_search_ratio/{source}", 0) for row in history[-WINDOW:]) / WINDOW
         at_end = asks < 0.25 * start or (end > 0.95 and start < 0.8)
         before = first(history, em)
         if priced and at_end and later(history, em) < min(0.8 * before, before - 0.05):
@@ -136,9 +137,9 @@ def average(rows: list[dict], name: str) -> float:
 
 def tag_probability(episodes: list[Episode], tokenizer) -> dict[str, float]:
     """{"tag_probability": mean} over the tokens of the tags that the policy wrote, each with the probability
-    at which it was sampled; {} if there are none. When a policy with tools collapses, its tags show it before
-    its answers do (arXiv 2606.26027). The measure is ours. It also moves a little with the habits of the
-    policy, because the tag that opens a search is a decision."""
+    at which it was sampled; {} if there are none. arXiv 2606.26027 finds that the tags show a collapse before
+    the answers do; in our collapse on purpose they do so later. The measure is ours. It also moves a little
+    with the habits of the policy, because the tag that opens a search is a decision."""
     texts: dict[int, str] = {}
     total = n = 0
     for e in (e for e in episodes if e.stop != "search_failed"):  # those enter no metric

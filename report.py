@@ -27,7 +27,7 @@ the text below the figure. A figure is left out if no step has one of its metric
         Should fall slowly. Almost 0 after a few steps: the episodes of a group are all alike, and little is
         left to learn from. A steady climb: the text is falling apart.
     tag_probability | mean probability of the tokens of the tags
-        Should stay, or rise to 1. A fall: the policy forgets its dialect.
+        Should stay, or rise to 1. A fall: the policy forgets the format.
     kl | KL to the start model, nats per token
         Should start at 0 and grow slowly. A jump: a step was too large (learning rate), or the text broke.
     sandbag_suspects | share of needless searches after a wrong draft

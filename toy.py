@@ -329,8 +329,8 @@ def make_model(config: Config, tokenizer) -> LlamaForCausalLM:
 
 
 def train(model, world: World, rng: random.Random, config: Config, tokenizer):
-    """Trains on all tokens after the prompts, which nobody could predict. Those of results are included,
-    because they teach copying."""
+    """Trains on all tokens but those of the prompts, because nobody could predict a question. Those of
+    results are included, because they teach copying."""
     assistant = tokenizer.convert_tokens_to_ids("<assistant>")
 
     def row() -> tuple[list[int], list[bool]]:
