@@ -41,7 +41,7 @@ def test_commands_name_flags_that_exist(monkeypatch):
     names = "config", "evaluate", "look", "retriever", "methods", "coldstart", "toy"
     programs = map(importlib.import_module, names)
     flags = {name for program in programs for name in program.Config.__dataclass_fields__}
-    flags |= {"help", "gpu", "quick", "nproc_per_node", "shutdown"}  # of bench/ and of torchrun
+    flags |= {"help", "gpu", "quick", "small", "nproc_per_node", "shutdown"}  # of bench/ and of torchrun
     assert set(re.findall(r"--(?:no-)?([a-z0-9_]+)", README)) <= flags
 
 
