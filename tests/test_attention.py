@@ -51,6 +51,7 @@ def inputs(size, group, lengths, dtype, kv_heads=2, room=3):
     return q, keys, values, torch.tensor(lengths, device=DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "size, group, lengths", CASES, ids=lambda x: f"{len(x)}r" if isinstance(x, list) else x

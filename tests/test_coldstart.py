@@ -62,6 +62,7 @@ def segment_kinds(episode):
 # a transcript is an episode of rollout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("searches", [0, 1, 2])
 @pytest.mark.parametrize("reminded", [False, True])
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -176,6 +176,7 @@ def test_bad_input(case, world, tmp_path, monkeypatch):
 # the program
 
 
+@pytest.mark.slow
 def test_unknown_flag_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "grpo.py"), "--modle", "x"],

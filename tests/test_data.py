@@ -326,6 +326,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("any")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["a.jsonl", "a.json", "a.csv"])
 @settings(max_examples=40, deadline=None)
 @given(content=st.binary(max_size=60) | lines | lists | cells, name=st.sampled_from(["", *NAMES]))

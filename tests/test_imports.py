@@ -63,6 +63,7 @@ def test_only_look_imports_grpo():
     assert [name for name, imports in graph().items() if imports & {"look", "report"}] == []
 
 
+@pytest.mark.slow
 def test_one_process_imports_nothing_of_several():
     assert [name for name, imports in graph().items() if "parallel" in imports] == ["grpo"]
     code = "import sys, grpo; sys.exit('parallel' in sys.modules)"

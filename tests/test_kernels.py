@@ -226,6 +226,7 @@ def test_kl_alone_pulls_to_the_reference(device):
     assert torch.equal(after > before, args[3] > before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("vocab", [1000, 1024, 1500, 2048])
 def test_ids_beyond_the_vocabulary(device, dtype, vocab):
@@ -472,6 +473,7 @@ def plain_loss(logits, target, old, ref, advantages, scale):
     return (scale * (0.1 * (x.exp() - x - 1) - torch.minimum(free, held))).sum()
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_bf16_head_is_summed_in_fp32(device, monkeypatch):
     """It is rounded to bf16 once, after all chunks, so it is the same with 50 chunks as with one, except for
     the rounding of each product on a CPU."""
@@ -611,6 +613,7 @@ def test_two_steps_through_the_kernel_equal_the_twins(monkeypatch, given):
         assert (a - b).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_which_code_runs(monkeypatch):
     """On a CPU the twin runs, or with TRITON_INTERPRET=1 the kernel. Triton is imported only if the kernel
     runs."""
@@ -671,6 +674,7 @@ def test_memory_of_the_twin(dtype):
     assert made.total <= chunk + gradients + 600 * 4 * 200
 
 
+@pytest.mark.slow
 def test_speed_of_the_twin():
     """In bench/RESULTS.md it is 3 times as fast as autograd. Here 1.4 times is enough, because timings are
     noisy."""

@@ -96,6 +96,7 @@ def test_an_episode_with_a_search(searching, parts, capsys):
     assert [row[7] for row in rows] == [repr(tokenizer.decode([i])) for i in episode.ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sem", "search-r1", "research", "ssrl", "zerosearch", "hybrid"])
 def test_every_method(flags, capsys, method):
     for seed in range(3):

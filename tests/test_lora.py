@@ -264,6 +264,7 @@ def test_checkpointing_changes_no_gradient():
 # runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["--bf16", "--no-bf16"])
 @pytest.mark.parametrize(
     "name, options",

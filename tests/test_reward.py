@@ -1476,6 +1476,7 @@ def test_letters_beside_options_that_look_like_them(text, choices, named):
     assert letter(text, choices) == named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     [
@@ -1508,6 +1509,7 @@ REPEATED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REWARDS)
 @pytest.mark.parametrize("piece", REPEATED.split())
 def test_every_reward_is_linear_in_the_text(name, piece):

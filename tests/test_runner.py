@@ -103,6 +103,7 @@ def content(episodes):
     return [(e.ids, e.stop, e.loss_mask) for e in episodes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("slots", [1, 9, 21])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -357,6 +358,7 @@ def calls(monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, temperature", [("qwen2", 0.0), ("qwen2", 1.0), ("qwen3", 1.0), ("llama", 0.0), ("gpt2", 1.0)]
 )

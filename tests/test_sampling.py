@@ -46,6 +46,7 @@ def agree(logits, u, temperature, vocab):
         assert temperature > 0 and (cdf[low:high] - u[row]).abs().max() <= 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize("vocab, width", [(70, 70), (1024, 1030), (2500, 2504)])
