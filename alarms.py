@@ -12,12 +12,7 @@ what does stop it, such as a retriever that is down (grpo.train).
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
-
-from data import Episode
-from reward import tag_pattern
 
 WINDOW = 3  # steps
 
@@ -133,22 +128,3 @@ def change(history: list[dict], name: str) -> str:
 def average(rows: list[dict], name: str) -> float:
     """The mean of a metric; NaN if a row lacks it, and no comparison with NaN is true."""
     return sum(row.get(name, math.nan) for row in rows) / len(rows)
-
-
-def tag_probability(episodes: list[Episode], tokenizer) -> dict[str, float]:
-    """{"tag_probability": mean} over the tokens of the tags that the policy wrote, each with the probability
-    at which it was sampled; {} if there are none. arXiv 2606.26027 finds that the tags show a collapse before
-    the answers do; in our collapse on purpose they do so later. The measure is ours. It also moves a little
-    with the habits of the policy, because the tag that opens a search is a decision."""
-    texts: dict[int, str] = {}
-    total = n = 0
-    for e in (e for e in episodes if e.stop != "search_failed"):  # those enter no metric
-        for token in e.ids:
-            if token not in texts:
-                texts[token] = tokenizer.decode([token])
-        ends = list(accumulate(len(texts[token]) for token in e.ids))
-        for tag in tag_pattern(e.template).finditer("".join(texts[token] for token in e.ids)):
-            for i in range(bisect_right(ends, tag.start()), bisect_right(ends, tag.end() - 1) + 1):
-                if e.loss_mask[i]:
-                    total, n = total + math.exp(e.logps[i]), n + 1
-    return {"tag_probability": total / n} if n else {}

@@ -29,12 +29,12 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from alarms import Alarms, tag_probability
+from alarms import Alarms
 from boundary import label_shares
 from config import LOSS_TYPES, TOY, Config, fail, parse
 from data import Episode, InputError, mix
 from disk import lock
-from measures import step_metrics
+from measures import step_metrics, tag_probability
 from optim import clip_factor
 from rollout import rollout, split_by_tokens
 from run import Run, SaveError, place, resolve

@@ -13,16 +13,18 @@ import json
 import math
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import Episode, Question
-from reward import exact_match, parse_episode
+from reward import exact_match, parse_episode, tag_pattern
 from web import RequestError, post
 
 
@@ -116,6 +118,25 @@ def sandbag_suspects(groups: list[list[dict[str, float]]], tau: float = 0.5) -> 
             searched += sum(p["s"] == 1 for p in group)
             suspects += sum(p["s"] == 1 and p["f1_a1"] < tau for p in group)
     return suspects, searched
+
+
+def tag_probability(episodes: list[Episode], tokenizer) -> dict[str, float]:
+    """{"tag_probability": mean} over the tokens of the tags that the policy wrote, each with the probability
+    at which it was sampled; {} if there are none. arXiv 2606.26027 finds that the tags show a collapse before
+    the answers do; in our collapse on purpose they do so later. The measure is ours. It also moves a little
+    with the habits of the policy, because the tag that opens a search is a decision."""
+    texts: dict[int, str] = {}
+    total = n = 0
+    for e in (e for e in episodes if e.stop != "search_failed"):  # those enter no metric
+        for token in e.ids:
+            if token not in texts:
+                texts[token] = tokenizer.decode([token])
+        ends = list(accumulate(len(texts[token]) for token in e.ids))
+        for tag in tag_pattern(e.template).finditer("".join(texts[token] for token in e.ids)):
+            for i in range(bisect_right(ends, tag.start()), bisect_right(ends, tag.end() - 1) + 1):
+                if e.loss_mask[i]:
+                    total, n = total + math.exp(e.logps[i]), n + 1
+    return {"tag_probability": total / n} if n else {}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -161,8 +161,7 @@ def with_toy_world(config: Config) -> Config:
     torch.set_num_threads(1)  # as in Run.resolve_sizes
     method = dialect(config.method)
     folder = "out/toy-world" + ("" if method == "sem" else f"-{method}") + f"-{config.seed}"
-    more = {"steps": 1600} if METHODS[method].template.recall else {}  # it has more to learn
-    world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=method, **more))
+    world = toy.build(toy.Config(output_dir=folder, seed=config.seed, method=method))
     return replace(
         config,
         model=str(world / "model"),
@@ -271,9 +270,8 @@ class Run:
         elif parameters < 1e7:
             # a second thread saves some time, but on a busy machine it makes a step several times slower
             torch.set_num_threads(1)
-        # Rough bytes of activations for each token, layer and entry of the hidden state. A layer of Qwen2.5
-        # was counted to keep 64 for its backward pass in bf16 and 120 in fp32; with checkpointing it keeps
-        # its input alone, 2 or 4.
+        # Rough bytes of activations in bf16 for each token, layer and entry of the hidden state. (In fp32 it
+        # takes more.) With checkpointing a layer keeps its input alone.
         layer_factor = 4 if c.gradient_checkpointing else 80
         token_activations = text.num_hidden_layers * text.hidden_size * layer_factor
         row_cache = length * kv_bytes(self.model.config, self.model.dtype)

@@ -22,8 +22,8 @@ def fit(
 ):  # fmt: skip
     """Supervised next-token prediction, on a GPU if there is one. A row is (ids, mask), where mask[i] says
     that ids[i] is trained on. The loss of a batch is the mean over such tokens; nothing predicts the first id
-    of a row. AdamW on fp32 weights; with `bf16` the products are computed in bf16. Raises InputError if the
-    loss is not finite."""
+    of a row. AdamW, with `beta2`, on fp32 weights; with `bf16` the products are computed in bf16. Raises
+    InputError if the loss is not finite."""
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, beta2), weight_decay=0.01, fused=True)
     bar = tqdm(batches, desc=desc, total=steps)
@@ -38,7 +38,7 @@ def fit(
             target = [[t if on else -100 for t, on in zip(*row, strict=True)][1:] for row in part]
             target = torch.tensor([t + [-100] * (width - len(t)) for t in target], device=model.device)
             ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in part], device=model.device)
-            keep = (target >= 0).flatten()  # the head is large, so it is applied only here
+            keep = (target >= 0).flatten()  # the tokens trained on; the large head is applied to these alone
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
                 logits = model.get_output_embeddings()(hidden[keep])

@@ -62,6 +62,7 @@ KNOWN_TRAIN, KNOWN_HELDOUT, UNKNOWN_TRAIN, UNKNOWN_TEST = 64, 32, 64, 32  # how 
 RECALLS = {False: 0.5, True: 0.2}  # hybrid: share of transcripts that recall, by whether they search too
 RECALL, READING = 0.97, 0.75  # required in `exam`; in training, reading jumps from 0.1 to 0.8 or 0.9
 
+STEPS, HYBRID_STEPS = 700, 1600  # of the base model; the hybrid, which can recall too, has more to learn
 PAD = 0  # id of <pad>
 FILES = {"model", "train", "test", "corpus.jsonl", "world.json"}  # the content of a world's directory
 
@@ -78,7 +79,7 @@ class Config:
     output_dir: str = "out/toy-world"  # where the world is written
     method: str = "sem"  # the dialect of the transcripts: sem, ssrl, search-r1, research or hybrid
     seed: int = 0  # of names, facts, transcripts and weights
-    steps: int = 700  # training steps of the base model; twice or three times as many if it cannot read yet
+    steps: int = 0  # training steps of the base model, up to three times if it fails; 0: 700, hybrid 1600
     batch_size: int = 32  # transcripts a step
     learning_rate: float = 3e-3  # its peak, after 50 steps of warm-up; then a cosine down to a tenth
     hidden_size: int = 96  # width of the model
@@ -394,6 +395,8 @@ def build(config: Config) -> Path:
     out = Path(config.output_dir)
     if config.method not in METHODS:
         raise InputError(f"--method {config.method}: must be one of {', '.join(METHODS)}")
+    if not config.steps:
+        config = replace(config, steps=HYBRID_STEPS if METHODS[config.method].template.recall else STEPS)
     check_ranges(config, {name: (1, math.inf) for name in ("steps", "batch_size", "layers")})
     if config.between and not PEOPLE[0] <= config.between <= PEOPLE[1]:
         fewest, most = PEOPLE

@@ -16,8 +16,9 @@ from worlds import VOCABULARY, run_main, timeless
 
 import grpo
 import report
-from alarms import Alarms, diagnose, tag_probability
+from alarms import Alarms, diagnose
 from data import Episode, Question
+from measures import tag_probability
 from prompts import SEARCH_R1, SEM
 
 GOOD = {

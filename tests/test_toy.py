@@ -181,7 +181,7 @@ def test_a_result_states_no_fact_twice():
 
 @pytest.mark.parametrize(
     "change",
-    [{"method": "semm"}, {"steps": 0}, {"batch_size": 0}, {"layers": 0}, {"hidden_size": 97}],
+    [{"method": "semm"}, {"steps": -1}, {"batch_size": 0}, {"layers": 0}, {"hidden_size": 97}],
 )
 def test_bad_settings_build_no_world(tmp_path, change):
     [(name, value)] = change.items()
